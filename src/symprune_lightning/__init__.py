@@ -1,0 +1,52 @@
+"""Post-training pruning of language models, as PyTorch Lightning callbacks.
+
+Example:
+    >>> import torch
+    >>> from symprune_lightning import prune_model
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    >>> prune_model(model, [torch.randn(16, 8)], score="ria", sparsity=0.5).sparsity
+    0.5
+"""
+
+from symprune_lightning.callbacks import PruningCallback, SymPrune
+from symprune_lightning.datamodule import CalibrationDataModule, TextSource
+from symprune_lightning.engine.prune import (
+    LayerReport,
+    PruneResult,
+    PruningError,
+    PruningWarning,
+    prune_model,
+)
+from symprune_lightning.functional.patterns import NM, Pattern, Unstructured
+from symprune_lightning.functional.refiners import DSnoT, MaskRefiner, R2DSnoT
+from symprune_lightning.functional.scores import RI, RIA, Magnitude, Score, Wanda
+from symprune_lightning.functional.statistics import Moments, Statistics
+from symprune_lightning.module import CausalLMModule
+from symprune_lightning.trainer import Trainer
+
+__all__ = [
+    "NM",
+    "RI",
+    "RIA",
+    "CalibrationDataModule",
+    "CausalLMModule",
+    "DSnoT",
+    "LayerReport",
+    "Magnitude",
+    "MaskRefiner",
+    "Moments",
+    "Pattern",
+    "PruneResult",
+    "PruningCallback",
+    "PruningError",
+    "PruningWarning",
+    "R2DSnoT",
+    "Score",
+    "Statistics",
+    "SymPrune",
+    "TextSource",
+    "Trainer",
+    "Unstructured",
+    "Wanda",
+    "prune_model",
+]

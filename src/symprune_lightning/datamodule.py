@@ -1,0 +1,231 @@
+"""Calibration and evaluation text, packed into sequences of one length."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import datasets
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from symprune_lightning.pretrained import load_tokenizer
+
+PYTHON_DOCS = "python-docs"
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A data set of texts, read through ``datasets``.
+
+    Attributes:
+        path: Hub name, local folder, or a ``.txt`` (texts are paragraphs), ``.jsonl`` or
+            ``.parquet`` file.
+        name: Configuration of a hub data set, such as ``"wikitext-2-raw-v1"``.
+        split: Which split.
+        column: The column that holds the text.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+
+
+Texts = str | TextSource | Iterable[Any]
+
+
+class CalibrationDataModule(LightningDataModule):
+    """Packs texts into sequences for calibration and, apart from these, for evaluation.
+
+    Texts are shuffled, tokenised, ended with the end-of-sequence token, and laid end to end until a
+    part is full. A text is never in both parts. The same texts, tokenizer, sizes and seed give the
+    same tokens, and ``hashes`` proves it.
+
+    Args:
+        dataset: ``"python-docs"`` (the standard library's manual, always there; 113 thousand
+            tokens of a 49k vocabulary), a hub data set, local folder or text file, a
+            ``TextSource``, or any iterable of texts or of lists of token ids.
+        tokenizer: A tokenizer, or the model's name as in ``CausalLMModule``. Not needed for token
+            ids.
+        sequences: How many sequences to calibrate on. 128, as in the papers.
+        sequence_length: Tokens in a sequence. 2048, as in the papers.
+        evaluation: Texts to evaluate on; ``None`` takes further texts of ``dataset``.
+        evaluation_sequences: How many sequences to evaluate on.
+        batch_size: Sequences in a batch.
+        seed: Of the shuffle. An iterable that is no sequence is taken in its own order.
+
+    Raises:
+        ValueError: A size is not positive, there are too few texts, or a tokenizer is missing.
+        FileNotFoundError: ``dataset`` is a path, and nothing is there.
+
+    Example:
+        >>> data = CalibrationDataModule([[1, 2, 3], [4, 5, 6], [7, 8, 9]], sequences=1,
+        ...                              sequence_length=2, evaluation_sequences=2, seed=0)
+        >>> data.setup()
+        >>> next(iter(data.calibration_dataloader()))["input_ids"].shape
+        torch.Size([1, 2])
+        >>> len(data.hashes["calibration"])
+        64
+    """
+
+    def __init__(
+        self,
+        dataset: Texts,
+        tokenizer: Tokenizer | str | None = None,
+        *,
+        sequences: int = 128,
+        sequence_length: int = 2048,
+        evaluation: Texts | None = None,
+        evaluation_sequences: int = 64,
+        batch_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "sequences": sequences,
+            "sequence_length": sequence_length,
+            "evaluation_sequences": evaluation_sequences,
+            "batch_size": batch_size,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
+        self.dataset = dataset
+        self.evaluation = evaluation
+        self.sequences = sequences
+        self.sequence_length = sequence_length
+        self.evaluation_sequences = evaluation_sequences
+        self.batch_size = batch_size
+        self.seed = seed
+        self._tokenizer = tokenizer
+        self._parts: dict[str, Tensor] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, loaded when first asked for."""
+        if isinstance(self._tokenizer, str):
+            self._tokenizer = load_tokenizer(self._tokenizer)
+        return self._tokenizer
+
+    def setup(self, stage: str | None = None) -> None:
+        """Tokenise and pack both parts, once."""
+        if self._parts:
+            return
+        tokens = self._tokens(self.dataset)
+        calibration = self._pack(tokens, self.sequences, "calibration")
+        if self.evaluation is not None:
+            tokens = self._tokens(self.evaluation)
+        evaluation = self._pack(tokens, self.evaluation_sequences, "evaluation")
+        self._parts = {"calibration": calibration, "evaluation": evaluation}
+
+    def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Batches of ``{"input_ids": (batch_size, sequence_length)}`` to calibrate on."""
+        return self._loader("calibration")
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Batches to evaluate on."""
+        return self._loader("evaluation")
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The same batches as ``val_dataloader``."""
+        return self._loader("evaluation")
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each part's token ids (int64, little-endian, row by row)."""
+        self.setup()
+        return {
+            part: hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+            for part, ids in self._parts.items()
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Where the tokens came from, in plain values, as the manifest records it."""
+        sizes = ("sequences", "sequence_length", "evaluation_sequences", "batch_size", "seed")
+        return {
+            "dataset": _described(self.dataset),
+            "evaluation": _described(self.evaluation),
+            **{name: getattr(self, name) for name in sizes},
+            "sha256": self.hashes,
+        }
+
+    def _loader(self, part: str) -> DataLoader[dict[str, Tensor]]:
+        self.setup()
+        rows: Any = [{"input_ids": ids} for ids in self._parts[part]]
+        return DataLoader(rows, batch_size=self.batch_size)
+
+    def _pack(self, texts: Iterator[Sequence[int]], sequences: int, part: str) -> Tensor:
+        """Lay texts end to end until ``sequences`` are full; the rest of the last is dropped."""
+        wanted = sequences * self.sequence_length
+        ids: list[int] = []
+        for text in texts:
+            ids.extend(text)
+            if len(ids) >= wanted:
+                return torch.tensor(ids[:wanted]).view(sequences, self.sequence_length)
+        raise ValueError(
+            f"the texts for {part} are too short: {sequences} sequences of {self.sequence_length} "
+            f"need {wanted:,} tokens, but only {len(ids):,} are there; lower {part} sizes or give "
+            f"more text"
+        )
+
+    def _tokens(self, source: Texts) -> Iterator[Sequence[int]]:
+        for text in _shuffled(_texts(source), self.seed):
+            yield self._encode(text) if isinstance(text, str) else [int(i) for i in text]
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("texts need a tokenizer: pass tokenizer=<name of the model>")
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        return ids if end is None else [*ids, end]
+
+
+def _texts(source: Texts) -> Iterable[Any]:
+    if source == PYTHON_DOCS:
+        return list(topics.values())
+    if isinstance(source, str):
+        source = TextSource(source)
+    if not isinstance(source, TextSource):
+        return source
+    path = Path(source.path).expanduser()
+    if path.suffix in FORMATS:
+        if not path.is_file():
+            raise FileNotFoundError(f"no text file at {path}")
+        options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+        found = datasets.load_dataset(
+            FORMATS[path.suffix], data_files=str(path), split="train", **options
+        )
+    else:
+        found = datasets.load_dataset(source.path, source.name, split=source.split)
+    if source.column not in found.column_names:
+        raise ValueError(
+            f"{source.path} has no column {source.column!r}; "
+            f"it has: {', '.join(found.column_names)}"
+        )
+    texts: Iterable[str] = found[source.column]
+    return texts
+
+
+def _shuffled(texts: Iterable[Any], seed: int) -> Iterable[Any]:
+    if not isinstance(texts, Sequence):
+        return texts
+    order = list(range(len(texts)))
+    random.Random(seed).shuffle(order)
+    return (texts[i] for i in order)
+
+
+def _described(source: Texts | None) -> Any:
+    if isinstance(source, TextSource):
+        return asdict(source)
+    return source if source is None or isinstance(source, str) else type(source).__name__

@@ -1,0 +1,91 @@
+"""What a person at a terminal sees: a bar over the layers, a table at the end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from symprune_lightning.engine.prune import LayerReport, PruneResult
+from symprune_lightning.engine.prune import Progress as OnLayer
+
+
+@contextmanager
+def layer_bar(console: Console) -> Iterator[OnLayer]:
+    """A progress bar with the time left; yields what to call after each layer."""
+    columns = (
+        TextColumn("[bold]pruning"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("collecting inputs", total=None)
+
+        def on_layer(report: LayerReport, done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, description=report.name)
+
+        yield on_layer
+
+
+def summary(
+    result: PruneResult, dense: Mapping[str, float], sparse: Mapping[str, float]
+) -> list[Table]:
+    """Tables of a run: one row per layer type, and the metrics before and after.
+
+    Args:
+        result: Of ``prune_model``.
+        dense: Metrics of the dense model; may be empty.
+        sparse: Metrics of the pruned model; may be empty.
+    """
+    layers = Table(title="Pruned layers")
+    for heading in ("layer type", "layers", "weights", "sparsity", "error", "refined"):
+        layers.add_column(heading, justify="left" if heading == "layer type" else "right")
+    by_type: defaultdict[str, list[LayerReport]] = defaultdict(list)
+    for report in result.layers:
+        by_type[report.name.rsplit(".", 1)[-1]].append(report)
+    for kind, reports in by_type.items():
+        layers.add_row(kind, *_figures(reports))
+    layers.add_section()
+    layers.add_row("all", *_figures(result.layers))
+    if not sparse:
+        return [layers]
+    metrics = Table(title="Evaluation")
+    metrics.add_column("metric")
+    metrics.add_column("dense", justify="right")
+    metrics.add_column("pruned", justify="right")
+    for name, value in sparse.items():
+        before = f"{dense[name]:.4f}" if name in dense else "–"
+        metrics.add_row(name, before, f"{value:.4f}")
+    return [layers, metrics]
+
+
+def _figures(reports: Sequence[LayerReport]) -> list[str]:
+    weights = [r.shape[0] * r.shape[1] for r in reports]
+    zeros = sum(r.sparsity * n for r, n in zip(reports, weights, strict=True))
+    return [
+        f"{len(reports)}",
+        f"{sum(weights):,}",
+        f"{zeros / sum(weights):.4f}",
+        _mean([r.error for r in reports]),
+        _mean([r.error_refined for r in reports]),
+    ]
+
+
+def _mean(errors: Sequence[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    return f"{sum(known) / len(known):.5f}" if known else "–"

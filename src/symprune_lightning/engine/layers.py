@@ -1,0 +1,185 @@
+"""Which layers can be pruned, in which order, and how to read and write their weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from symprune_lightning.functional.statistics import at_least_float32
+
+T = TypeVar("T")
+
+LM_HEAD = ("re:.*lm_head",)
+"""The layers spared by default: the output projection, often tied to the embeddings."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable layer: a ``Linear``, or a ``Conv1D`` of transformers (weight transposed).
+
+    Attributes:
+        name: Its qualified name in the model.
+        module: The layer itself.
+    """
+
+    name: str
+    module: nn.Module
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight as the module stores it."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the module stores ``(in_features, out_features)``."""
+        return not isinstance(self.module, nn.Linear)
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(out_features, in_features)``."""
+        shape = self.parameter.shape
+        return shape[::-1] if self.transposed else shape
+
+    def read(self) -> Tensor:
+        """``W``, shape ``(out_features, in_features)``, float32 at least."""
+        weight = self.parameter.detach()
+        return at_least_float32(weight.T if self.transposed else weight)
+
+    @torch.no_grad()
+    def apply_(self, mask: Tensor) -> None:
+        """Zero the weights that are not kept.
+
+        Args:
+            mask: Bool, ``(out_features, in_features)``, True = kept.
+        """
+        self.parameter.masked_fill_(~(mask.T if self.transposed else mask), 0)
+
+
+def prunable_layers(model: nn.Module, ignore: Sequence[str] = LM_HEAD) -> list[Layer]:
+    """All layers that are to be pruned, in the order in which the model registers them.
+
+    A weight shared with a module that is no such layer (an output projection tied to the
+    embeddings) is never pruned; one shared by several layers is listed once.
+
+    Args:
+        model: Any module.
+        ignore: Layers to leave alone: qualified names, or regular expressions for the whole name
+            behind ``re:``.
+
+    Raises:
+        ValueError: Nothing is left to prune, an entry matches no layer, or a layer is quantised or
+            has no storage.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> [layer.name for layer in prunable_layers(model, ignore=["re:2"])]
+        ['0']
+    """
+    found = [Layer(n, m) for n, m in model.named_modules() if is_linear(m)]
+    names = [layer.name for layer in found]
+    # a model without an output projection is no mistake, so the default may match nothing
+    named = [entry for entry in ignore if entry not in LM_HEAD or "lm_head" in " ".join(names)]
+    ignored = {name for entry in named for name in matching(entry, names)}
+    taken = {id(p) for m in model.modules() if not is_linear(m) for p in m.parameters(False)}
+    layers = []
+    for layer in found:
+        if layer.name not in ignored and id(layer.parameter) not in taken:
+            taken.add(id(layer.parameter))
+            _check_weight(layer)
+            layers.append(layer)
+    if not layers:
+        raise ValueError(
+            f"nothing to prune: {type(model).__name__} has {len(found)} Linear or Conv1D layers, "
+            f"and all are ignored ({', '.join(ignore) or 'none'}) or tied to other modules"
+        )
+    return layers
+
+
+def decoder_blocks(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
+    """The repeated blocks of a model: entries of its outermost lists that hold prunable layers.
+
+    Found by structure, not by name: a block is a child of a ``ModuleList`` or ``Sequential`` that
+    has prunable layers inside and is not itself inside another block.
+    """
+    prunable = {layer.module for layer in layers}
+
+    def search(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            inside = child not in prunable and not prunable.isdisjoint(child.modules())
+            if inside and isinstance(module, nn.ModuleList | nn.Sequential):
+                yield child
+            elif inside:
+                yield from search(child)
+
+    return search(model)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a ``Linear`` or a ``Conv1D`` of transformers."""
+    # the latter is recognised by its name, so that the engine need not import transformers
+    return isinstance(module, nn.Linear) or any(
+        (c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        for c in type(module).__mro__
+    )
+
+
+def by_layer(settings: Mapping[str, T], layers: Sequence[Layer]) -> dict[str, T]:
+    """Spread settings given by layer name over the layers; the first entry that matches counts.
+
+    Args:
+        settings: Names, or regular expressions behind ``re:``, to settings.
+        layers: The layers to be pruned.
+
+    Returns:
+        Layer name to setting, only for layers that an entry matches.
+
+    Raises:
+        ValueError: An entry matches no layer or is no regular expression.
+    """
+    spread: dict[str, T] = {}
+    for pattern, setting in settings.items():
+        for name in matching(pattern, [layer.name for layer in layers]):
+            spread.setdefault(name, setting)
+    return spread
+
+
+def matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that equal ``pattern``, or match it wholly if it begins with ``re:``.
+
+    Raises:
+        ValueError: There are none, or it is no regular expression.
+
+    Example:
+        >>> matching("re:.*q_proj", ["layers.0.q_proj", "layers.0.k_proj"])
+        ['layers.0.q_proj']
+    """
+    regex = pattern[3:] if pattern.startswith("re:") else re.escape(pattern)
+    try:
+        hits = [name for name in names if re.fullmatch(regex, name)]
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    if not hits:
+        raise ValueError(
+            f"{pattern!r} matches none of the {len(names)} layers, which are: "
+            f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        )
+    return hits
+
+
+def _check_weight(layer: Layer) -> None:
+    weight = layer.parameter
+    if not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError(
+            f"layer {layer.name} holds {weight.dtype} of shape {tuple(weight.shape)}: it is "
+            f"quantised; prune the model before quantising it"
+        )
+    if weight.is_meta:
+        raise ValueError(f"layer {layer.name} is on the meta device; load its weights first")

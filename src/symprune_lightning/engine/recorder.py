@@ -1,0 +1,186 @@
+"""Collects the statistics of layers while batches flow through a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from symprune_lightning.functional.statistics import Moments, Need, Statistics
+
+
+class _Sums(Metric, ABC):
+    """Float64 totals over tokens that are summed over ranks; ``sums`` names them."""
+
+    full_state_update = False
+    sums: ClassVar[tuple[str, ...]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.sums:
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def compute(self) -> tuple[Tensor, ...]:
+        """The totals over everything added, on every rank."""
+        return tuple(getattr(self, name) for name in self.sums)
+
+    @property
+    @abstractmethod
+    def value(self) -> Moments | Tensor:
+        """The statistic itself."""
+
+
+class InputMoments(_Sums):
+    """Running [`Moments`][symprune_lightning.functional.statistics.Moments].
+
+    Example:
+        >>> metric = InputMoments()
+        >>> metric.update(torch.tensor([[[1.0], [3.0]]]))
+        >>> metric.value.mean.tolist()
+        [2.0]
+    """
+
+    sums = ("tokens", "total", "total_square")
+    tokens: Tensor
+    total: Tensor
+    total_square: Tensor
+
+    def update(self, x: Tensor) -> None:
+        """Add activations of shape ``(..., tokens, channels)``."""
+        moments = Moments.of(x)
+        self.tokens = self.tokens + moments.tokens
+        self.total = self.total + moments.total
+        self.total_square = self.total_square + moments.total_square
+
+    @property
+    def value(self) -> Moments:
+        """The moments over everything added."""
+        tokens, total, total_square = self.compute()
+        # torchmetrics squeezes what has one element, and a layer may have one input
+        return Moments(tokens, total.reshape(-1), total_square.reshape(-1))
+
+
+class SequenceVariance(_Sums):
+    """Token-weighted mean of the population variance inside each sequence."""
+
+    sums = ("tokens", "total")
+    tokens: Tensor
+    total: Tensor
+
+    def update(self, x: Tensor) -> None:
+        """Add sequences of shape ``(..., tokens, channels)``."""
+        tokens, channels = x.shape[-2:]
+        variance = x.double().var(-2, correction=0).reshape(-1, channels)
+        self.tokens = self.tokens + tokens * len(variance)
+        self.total = self.total + tokens * variance.sum(0)
+
+    @property
+    def value(self) -> Tensor:
+        """Shape ``(channels,)``, float64."""
+        tokens, total = self.compute()
+        return total.reshape(-1) / tokens
+
+
+class LastInput:
+    """The input that a batch measured last, to recognise it when another layer shares it."""
+
+    def __init__(self) -> None:
+        self._x: Tensor | None = None
+        self._version = 0
+        self.source = ""
+
+    def is_(self, x: Tensor) -> bool:
+        """Whether ``x`` is that very tensor, not written to since."""
+        return self._x is x and self._version == _version(x)
+
+    def set(self, x: Tensor, source: str) -> None:
+        """Remember ``x`` as measured for the layer ``source``."""
+        self._x, self._version, self.source = x, _version(x), source
+
+
+class Recorder:
+    """Statistics by layer; an input shared by several layers (q, k and v) is measured once.
+
+    Args:
+        needs: What to collect, the union of what the methods declare.
+    """
+
+    def __init__(self, needs: Iterable[Need]) -> None:
+        kinds: dict[Need, type[_Sums]] = {
+            "input": InputMoments,
+            "sequence_variance": SequenceVariance,
+        }
+        self._kinds = {need: kinds[need] for need in needs}
+        self._metrics: dict[str, dict[Need, _Sums]] = {}
+        self._sources: defaultdict[str, set[str]] = defaultdict(set)
+        self._done: set[str] = set()
+
+    def observe(self, layer: str, x: Tensor, last: LastInput, valid: Tensor | None) -> None:
+        """Add a layer's input.
+
+        Args:
+            layer: The layer's name.
+            x: Its input, ``(..., tokens, in_features)``.
+            last: What the same batch measured last.
+            valid: Bool, the leading shape of ``x``: False where a token is padding.
+        """
+        if not last.is_(x):
+            if layer not in self._metrics:
+                self._metrics[layer] = {k: m().to(x.device) for k, m in self._kinds.items()}
+            tokens = x if valid is None or valid.shape != x.shape[:-1] else x[valid]
+            for metric in self._metrics[layer].values():
+                metric.update(tokens)
+            last.set(x, layer)
+        self._sources[layer].add(last.source)
+
+    def seen(self, layer: str) -> bool:
+        """Whether any batch has reached the layer."""
+        return layer in self._sources
+
+    def statistics(self, layer: str) -> Statistics:
+        """What was measured of a layer so far, summed over ranks.
+
+        Raises:
+            ValueError: The layer's input holds NaN or infinite values.
+        """
+        measured: dict[str, Any] = {need: self._merged(layer, need).value for need in self._kinds}
+        statistics = Statistics(**measured)
+        moments = statistics.input
+        if moments is not None and not moments.total_square.isfinite().all():
+            channel = int((~moments.total_square.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"the input of layer {layer} holds NaN or infinite values (channel {channel}); "
+                f"check the model's precision (float16 overflows: try bfloat16 or float32) and "
+                f"the calibration data"
+            )
+        return statistics
+
+    def finish(self, layers: Iterable[str]) -> None:
+        """Say that layers are pruned: what only these need is dropped at the next call.
+
+        Not at once, since the layer that comes next may share their input.
+        """
+        needed = {s for n, sources in self._sources.items() if n not in self._done for s in sources}
+        self._metrics = {k: v for k, v in self._metrics.items() if k in needed}
+        self._done.update(layers)
+
+    def _merged(self, layer: str, need: Need) -> _Sums:
+        """The metric that holds a layer's input; almost always one, shared or the layer's own."""
+        first, *others = sorted(self._sources[layer])
+        metric = self._metrics[first][need]
+        if others:
+            # only a model that shares an input in some batches and not in others comes here
+            metric = deepcopy(metric)
+            for other in others:
+                metric.merge_state(self._metrics[other][need])
+        return metric
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

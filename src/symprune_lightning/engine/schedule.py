@@ -1,0 +1,236 @@
+"""The suspended forward: batches wait at the layer that is about to be pruned.
+
+Each batch runs the model's own forward in a greenlet of its own. A hook at every *station* (a layer
+or a decoder block) records the input and hands control back here. When every batch waits or has
+ended, the statistics of the station that comes first are complete: it is pruned, and its batches go
+on through the sparse weights. Nothing is traced and no forward is copied, so any architecture
+works, whatever its arguments, masks and caches.
+
+Memory: about one hidden state per batch, and for stations inside a block what the block holds.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from symprune_lightning.engine.layers import Layer, decoder_blocks, is_linear
+from symprune_lightning.engine.recorder import LastInput, Recorder
+
+Schedule = Literal["layer", "block", "dense"]
+"""When a layer is pruned.
+
+- ``"layer"``: as soon as its inputs are known; one forward, every layer sees sparse ones before it.
+- ``"block"``: block by block; statistics are taken while the block is dense, then it runs again.
+  Two forwards; equals the reference implementations.
+- ``"dense"``: after one plain forward, from the statistics of the dense model.
+"""
+
+Forward = Callable[[nn.Module, Any], object]
+"""How a batch is given to the model."""
+
+
+class _Batch(greenlet.greenlet):
+    """One batch on its way through the model."""
+
+    def __init__(self, run: Callable[[], object], valid: Tensor | None) -> None:
+        super().__init__(run)
+        self.gr_context = contextvars.copy_context()
+        self.valid = valid
+        self.last_input = LastInput()
+        self.measuring = False
+        self.leaving = False
+        self.station: nn.Module | None = None
+
+    def wait_at(self, station: nn.Module) -> None:
+        """Hand control to the scheduler until the station is pruned."""
+        self.station = station
+        modes = _thread_modes()
+        assert self.parent is not None
+        self.parent.switch()
+        _set_thread_modes(modes)
+        self.station = None
+
+
+class SuspendedForward:
+    """Runs batches through a model and prunes each layer when its statistics are complete.
+
+    Args:
+        model: The model, in the state (mode, device) in which it is to be run.
+        layers: The layers to prune, in the order that breaks ties between waiting batches.
+        recorder: Collects the statistics.
+        prune: Called with layers whose statistics are complete. Must set their weights.
+        schedule: When that is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        recorder: Recorder,
+        prune: Callable[[Sequence[Layer]], None],
+        schedule: Schedule = "layer",
+    ) -> None:
+        self.model = model
+        self.layers = {layer.module: layer for layer in layers}
+        self.recorder = recorder
+        self.prune = prune
+        self.schedule = schedule
+        self.stations = self._stations()
+        self.todo = dict.fromkeys(self.stations)
+        """The stations that are not pruned yet; an ordered set."""
+        self.late: set[str] = set()
+        """Layers that a batch came to after they had been pruned."""
+
+    def run(self, batches: Iterable[Any], forward: Forward) -> int:
+        """Run all batches and prune.
+
+        Returns:
+            The number of batches.
+        """
+        on_the_way: list[_Batch] = []
+        with self._hooks():
+            try:
+                count = self._start(batches, forward, on_the_way)
+                while waiting := [b for b in on_the_way if not b.dead]:
+                    self._advance(waiting)
+            finally:
+                for batch in on_the_way:
+                    _end(batch)
+        if self.schedule == "dense":
+            self.prune([layer for layer in self.layers.values() if self.recorder.seen(layer.name)])
+        return count
+
+    def _start(self, batches: Iterable[Any], forward: Forward, on_the_way: list[_Batch]) -> int:
+        """Send every batch to its first station; one that never waits is over at once."""
+        count = 0
+        for data in batches:
+            batch = _Batch(partial(forward, self.model, data), _valid_tokens(data))
+            batch.measuring = self.schedule == "dense"
+            on_the_way.append(batch)
+            _resume(batch)
+            if batch.dead:
+                on_the_way.pop()
+            count += 1
+        return count
+
+    def _advance(self, waiting: Sequence[_Batch]) -> None:
+        """Prune the first station that batches wait at, and let these go on."""
+        arrived_at = {batch.station for batch in waiting}
+        station = next(s for s in self.todo if s in arrived_at)
+        here = [batch for batch in waiting if batch.station is station]
+        self.prune([layer for layer in self.stations[station] if self.recorder.seen(layer.name)])
+        del self.todo[station]
+        for batch in here:
+            # behind the last station nothing is left to learn: no output projection; but one batch
+            # goes on as far as that, in case the model comes to a pruned layer again
+            batch.leaving = not self.todo
+            if self.todo or batch is here[0]:
+                _resume(batch)
+            else:
+                _end(batch)
+
+    def _stations(self) -> dict[nn.Module, list[Layer]]:
+        """Where batches wait, with the layers that are pruned there, in model order."""
+        if self.schedule == "dense":
+            return {}
+        station_of = {module: module for module in self.layers}
+        if self.schedule == "block":
+            for block in decoder_blocks(self.model, list(self.layers.values())):
+                station_of.update((m, block) for m in block.modules() if m in self.layers)
+        stations: dict[nn.Module, list[Layer]] = {}
+        for module, station in station_of.items():
+            stations.setdefault(station, []).append(self.layers[module])
+        return stations
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        hooks = [(module, self._measure) for module in self.layers]
+        hooks += [(module, self._wait) for module in self.stations]
+        spared = [m for m in self.model.modules() if is_linear(m) and m not in self.layers]
+        hooks += [(module, self._leave) for module in spared]
+        handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in hooks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch = _current()
+        if batch is not None and (batch.measuring or module in self.todo):
+            x = args[0] if args else kwargs["input"]
+            name = self.layers[module].name
+            self.recorder.observe(name, x, batch.last_input, batch.valid)
+
+    def _wait(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch = _current()
+        if batch is None:
+            return
+        if module not in self.todo:
+            self.late.update(layer.name for layer in self.stations[module])
+            return
+        if module not in self.layers:
+            batch.measuring = True
+            module.forward(*args, **kwargs)  # the dense block: only its layers' inputs count
+            batch.measuring = False
+        batch.wait_at(module)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch = _current()
+        if batch is not None and batch.leaving:
+            raise greenlet.GreenletExit
+
+
+def _current() -> _Batch | None:
+    """The batch that is running, or ``None`` if a hook is called from outside the run."""
+    batch = greenlet.getcurrent()
+    return batch if isinstance(batch, _Batch) else None
+
+
+def _resume(batch: _Batch) -> None:
+    """Let a batch run until it waits or ends; its error, if any, is raised here."""
+    modes = _thread_modes()
+    try:
+        batch.switch()
+    finally:
+        _set_thread_modes(modes)
+
+
+def _end(batch: _Batch) -> None:
+    """Make a batch that waits inside the model leave it, through its ``finally`` clauses."""
+    modes = _thread_modes()
+    if not batch.dead:
+        batch.throw()
+    _set_thread_modes(modes)
+
+
+def _thread_modes() -> tuple[Any, ...]:
+    """Torch keeps these by thread, not by greenlet: a batch must find them as it left them."""
+    autocast = [
+        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+    ]
+    return torch.is_grad_enabled(), autocast
+
+
+def _set_thread_modes(modes: tuple[Any, ...]) -> None:
+    grad, autocast = modes
+    torch.set_grad_enabled(grad)
+    for device, enabled, dtype in autocast:
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+
+
+def _valid_tokens(data: Any) -> Tensor | None:
+    """Where a batch has real tokens, if its ``attention_mask`` says that some are padding."""
+    mask = data.get("attention_mask") if isinstance(data, Mapping) else None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():
+        return mask.bool()
+    return None

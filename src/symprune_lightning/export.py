@@ -1,0 +1,148 @@
+"""Pruned checkpoints and their manifest: written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from symprune_lightning.engine.prune import PruneResult
+
+MANIFEST = "sparsity_manifest.json"
+
+
+def check_destination(output: str | Path) -> Path:
+    """Make sure that a checkpoint can be written, before hours are spent on it.
+
+    Args:
+        output: The folder to be written.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        FileExistsError: It holds files that are no earlier checkpoint of ours.
+        PermissionError: Its parent folder can't be written to.
+        NotADirectoryError: A part of the path is a file.
+    """
+    path = Path(output).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"cannot write a checkpoint to {path}: it is a file")
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+        raise FileExistsError(
+            f"{path} holds files, and no {MANIFEST} says that they are an earlier pruned "
+            f"checkpoint: choose a new folder"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except NotADirectoryError:
+        raise NotADirectoryError(f"cannot write to {path}: a part of it is a file") from None
+    except OSError as error:
+        raise PermissionError(f"cannot write to {path.parent}: {error}; choose another") from error
+    return path
+
+
+def save_checkpoint(
+    output: str | Path,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer | None,
+    manifest: Mapping[str, Any],
+) -> Path:
+    """Write a pruned model as plain safetensors with zeros in place, and its manifest.
+
+    Everything goes into a folder with a temporary name, is flushed to disk, and takes its name in
+    one step. An earlier checkpoint of ours at that place is replaced only then.
+
+    Args:
+        output: The folder.
+        model: The pruned model.
+        tokenizer: Saved along, if there is one.
+        manifest: Contents of ``sparsity_manifest.json``, see ``manifest_of``.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        OSError: See ``check_destination``; or the disk is full, and nothing has changed.
+    """
+    path = check_destination(output)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        for file in [*partial.iterdir(), partial]:
+            _flush(file)
+        _take_name(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def manifest_of(
+    result: PruneResult,
+    *,
+    model: str,
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any] | None,
+    dense: Mapping[str, float],
+    pruned: Mapping[str, float],
+) -> dict[str, Any]:
+    """What was done to which model with which data, and what came of it, in plain values.
+
+    Args:
+        result: Masks and reports.
+        model: Name or path of the dense model.
+        settings: The method.
+        data: Where the tokens came from, and their hashes.
+        dense: Metrics of the dense model.
+        pruned: Metrics of the pruned model.
+    """
+    packages = ("symprune-lightning", "torch", "transformers", "lightning", "torchmetrics")
+    return {
+        "model": model,
+        "settings": dict(settings),
+        "data": None if data is None else dict(data),
+        "sparsity": result.sparsity,
+        "metrics": {"dense": dict(dense), "pruned": dict(pruned)},
+        "layers": [asdict(report) for report in result.layers],
+        "unreached_layers": list(result.unreached),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+    }
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take_name(partial: Path, path: Path) -> None:
+    """Rename ``partial`` to ``path``; an earlier folder there is moved aside, then deleted."""
+    if path.is_dir():
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+        path.rename(aside / path.name)
+        partial.rename(path)
+        shutil.rmtree(aside)
+    else:
+        partial.rename(path)
+    _flush(path.parent)

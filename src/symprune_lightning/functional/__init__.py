@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: statistics, scores, patterns and refiners."""

@@ -1,0 +1,215 @@
+"""Patterns: where weights compete, and how many of each group survive.
+
+A pattern is a budget. Everything that depends on it (the mask, the accounting, the range within
+which a refiner may swap) follows from its groups and from the number pruned in each.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Group = Literal["output", "input", "layer"]
+"""Who competes: the weights of one output channel, of one input channel, or of the whole layer."""
+
+
+class Pattern(ABC):
+    """Base class of all patterns."""
+
+    @abstractmethod
+    def check(self, shape: torch.Size) -> None:
+        """Raise ``ValueError`` if a weight of this shape can't have the pattern."""
+
+    @abstractmethod
+    def groups(self, x: Tensor) -> Tensor:
+        """Arrange ``x`` of shape ``(out_features, in_features)`` as ``(groups, group_size)``."""
+
+    @abstractmethod
+    def ungroup(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """Undo ``groups``: back to ``shape``."""
+
+    @abstractmethod
+    def pruned(self, group_size: int) -> int:
+        """How many weights of a group are pruned."""
+
+    @property
+    @abstractmethod
+    def swaps_within_rows(self) -> bool:
+        """Whether a swap of two weights of one row keeps every group's budget."""
+
+    def mask(self, score: Tensor) -> Tensor:
+        """Keep the weights with the highest scores in each group.
+
+        Ties: the weight that comes first in its group is pruned first (in a row, the one with the
+        smaller column index), as a stable ascending sort would do.
+
+        Args:
+            score: Shape ``(out_features, in_features)``, no NaN.
+
+        Returns:
+            Bool mask of the same shape, True = kept.
+
+        Raises:
+            ValueError: The shape can't have this pattern.
+
+        Example:
+            >>> score = torch.tensor([[1.0, 4.0, 2.0, 3.0], [9.0, 9.0, 9.0, 9.0]])
+            >>> Unstructured(0.5).mask(score).int().tolist()
+            [[0, 1, 0, 1], [0, 0, 1, 1]]
+            >>> Unstructured(0.5, group="layer").mask(score).int().tolist()
+            [[0, 0, 0, 0], [1, 1, 1, 1]]
+        """
+        self.check(score.shape)
+        grouped = self.groups(score)
+        kept = _keep_highest(grouped, self.pruned(grouped.shape[1]))
+        return self.ungroup(kept, score.shape)
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """``floor(group_size · sparsity)`` weights are pruned in each group.
+
+    Attributes:
+        sparsity: Fraction of zeros asked for, in ``[0, 1)``. A group whose size the fraction does
+            not divide gets a little less: 0.7 of 32 is 22, that is 0.6875.
+        group: ``"output"`` (each row on its own, the default, as Wanda does), ``"input"`` (each
+            column) or ``"layer"`` (the whole matrix).
+
+    Raises:
+        ValueError: The sparsity is out of range or the group unknown.
+    """
+
+    sparsity: float = 0.5
+    group: Group = "output"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"sparsity is {self.sparsity}, but it is the fraction of weights to prune and must "
+                f"be at least 0 and below 1; for fifty percent write 0.5"
+            )
+        if self.group not in ("output", "input", "layer"):
+            raise ValueError(f"group is {self.group!r}; choose 'output', 'input' or 'layer'")
+
+    def check(self, shape: torch.Size) -> None:
+        """Any shape will do."""
+
+    def groups(self, x: Tensor) -> Tensor:
+        """See `Pattern`."""
+        if self.group == "layer":
+            return x.reshape(1, -1)
+        return x if self.group == "output" else x.T.contiguous()
+
+    def ungroup(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """See `Pattern`."""
+        return x.T.contiguous() if self.group == "input" else x.reshape(shape)
+
+    def pruned(self, group_size: int) -> int:
+        """See `Pattern`."""
+        # the guard is for products such as 100 · 0.29 = 28.999999999999996
+        return math.floor(group_size * self.sparsity + 1e-9)
+
+    @property
+    def swaps_within_rows(self) -> bool:
+        """See `Pattern`."""
+        return self.group != "input"
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """N:M: of every ``m`` consecutive inputs of a row, ``n`` are **kept** ("2:4" keeps 2 of 4).
+
+    Attributes:
+        n: Weights kept in each group.
+        m: Size of a group along the input dimension.
+
+    Raises:
+        ValueError: Not ``0 < n < m``.
+
+    Example:
+        >>> NM(2, 4).mask(torch.tensor([[1.0, 4.0, 2.0, 3.0]])).int().tolist()
+        [[0, 1, 0, 1]]
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(f"pattern {self.n}:{self.m} must keep n of m inputs with 0 < n < m")
+
+    def check(self, shape: torch.Size) -> None:
+        """See `Pattern`."""
+        if shape[1] % self.m:
+            raise ValueError(
+                f"pattern {self.n}:{self.m} does not divide {shape[1]} inputs into groups of "
+                f"{self.m}; choose another pattern or name the layer in `ignore`"
+            )
+
+    def groups(self, x: Tensor) -> Tensor:
+        """See `Pattern`."""
+        return x.reshape(-1, self.m)
+
+    def ungroup(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """See `Pattern`."""
+        return x.reshape(shape)
+
+    def pruned(self, group_size: int) -> int:
+        """See `Pattern`."""
+        return self.m - self.n
+
+    @property
+    def swaps_within_rows(self) -> bool:
+        """See `Pattern`."""
+        return False
+
+
+def pattern_of(
+    pattern: Pattern | str | None, *, sparsity: float = 0.5, group: Group = "output"
+) -> Pattern:
+    """The pattern that was asked for: ``pattern`` if given, else unstructured.
+
+    Args:
+        pattern: A pattern, a string such as ``"2:4"``, or ``None``.
+        sparsity: Used when ``pattern`` is ``None``.
+        group: Used when ``pattern`` is ``None``.
+
+    Raises:
+        ValueError: The string is not of the form ``"N:M"``, or a value is out of range.
+
+    Example:
+        >>> pattern_of("2:4")
+        NM(n=2, m=4)
+        >>> pattern_of(None, sparsity=0.6)
+        Unstructured(sparsity=0.6, group='output')
+    """
+    if pattern is None:
+        return Unstructured(sparsity, group)
+    if isinstance(pattern, Pattern):
+        return pattern
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if match is None:
+        raise ValueError(f"pattern is {pattern!r}; write it as 'N:M', for example '2:4'")
+    return NM(int(match[1]), int(match[2]))
+
+
+def _keep_highest(score: Tensor, pruned: int) -> Tensor:
+    """Mask of all but the ``pruned`` lowest of each row; among equals the first are pruned."""
+    if pruned == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = score.kthvalue(pruned, dim=1, keepdim=True).values
+    kept = score > threshold
+    # rows where the threshold itself occurs again, past the budget: keep the last of the equals
+    missing = score.shape[1] - pruned - kept.sum(1)
+    tied = missing.nonzero()[:, 0]
+    if len(tied):
+        equal = score[tied] == threshold[tied]
+        from_the_end = equal.flip(1).cumsum(1, dtype=torch.int32).flip(1)
+        kept[tied] |= equal & (from_the_end <= missing[tied, None])
+    return kept

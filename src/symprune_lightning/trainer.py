@@ -1,0 +1,247 @@
+"""A Lightning Trainer that takes callbacks for one call, and prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import Checkpoint
+from transformers import PreTrainedModel
+
+from symprune_lightning.callbacks import PruningCallback
+from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.engine.prune import PruneResult
+from symprune_lightning.export import check_destination, manifest_of, save_checkpoint
+
+Callbacks = Callback | Sequence[Callback] | None
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer, with ``callbacks=`` for one call, and ``prune``.
+
+    Takes the arguments of ``lightning.pytorch.Trainer``. Callbacks given to ``fit``, ``validate``,
+    ``test`` or ``prune`` are there for that call only. Unless a pruning callback says
+    ``baseline=False``, ``validate`` and ``test`` evaluate the dense model first.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+        ...                      num_hidden_layers=1, num_attention_heads=2)
+        >>> module = CausalLMModule(LlamaForCausalLM(config))
+        >>> data = CalibrationDataModule([list(range(32))] * 4, sequences=2, sequence_length=32,
+        ...                              evaluation_sequences=2)
+        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False,
+        ...                   enable_progress_bar=False, enable_model_summary=False)
+        >>> prune = SymPrune(sparsity=0.5)
+        >>> metrics = trainer.validate(module, datamodule=data, callbacks=prune, verbose=False)
+        >>> prune.result.sparsity
+        0.5
+    """
+
+    callbacks: list[Callback]
+    """Those given to the constructor, and in a call those given to the call."""
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        *,
+        callbacks: Callbacks = None,
+    ) -> None:
+        """Run the full training routine.
+
+        Args:
+            model: As for Lightning's Trainer, like all but the last.
+            train_dataloaders: Training batches.
+            val_dataloaders: Validation batches.
+            datamodule: In place of dataloaders.
+            ckpt_path: Checkpoint to resume from.
+            weights_only: How ``ckpt_path`` is read.
+            callbacks: Callbacks for this call.
+        """
+        with self._with([*self.callbacks, *_listed(callbacks)]):
+            super().fit(
+                model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
+            )
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        *,
+        callbacks: Callbacks = None,
+    ) -> list[Mapping[str, float]]:
+        """Evaluate on the validation set.
+
+        Args:
+            model: As for Lightning's Trainer, like all but the last.
+            dataloaders: Validation batches.
+            ckpt_path: Checkpoint to evaluate.
+            verbose: Print the metrics.
+            datamodule: In place of dataloaders.
+            weights_only: How ``ckpt_path`` is read.
+            callbacks: Callbacks for this call.
+
+        Returns:
+            Metrics by dataloader; of the pruned model, if a callback pruned it.
+        """
+        options = {"dataloaders": dataloaders, "datamodule": datamodule, "ckpt_path": ckpt_path}
+        options["weights_only"] = weights_only
+        with self._with([*self.callbacks, *_listed(callbacks)]):
+            self._evaluate_dense("validate", model, options)
+            return super().validate(model, verbose=verbose, **options)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        *,
+        callbacks: Callbacks = None,
+    ) -> list[Mapping[str, float]]:
+        """Evaluate on the test set.
+
+        Args:
+            model: As for Lightning's Trainer, like all but the last.
+            dataloaders: Test batches.
+            ckpt_path: Checkpoint to evaluate.
+            verbose: Print the metrics.
+            datamodule: In place of dataloaders.
+            weights_only: How ``ckpt_path`` is read.
+            callbacks: Callbacks for this call.
+
+        Returns:
+            Metrics by dataloader; of the pruned model, if a callback pruned it.
+        """
+        options = {"dataloaders": dataloaders, "datamodule": datamodule, "ckpt_path": ckpt_path}
+        options["weights_only"] = weights_only
+        with self._with([*self.callbacks, *_listed(callbacks)]):
+            self._evaluate_dense("test", model, options)
+            return super().test(model, verbose=verbose, **options)
+
+    def prune(
+        self,
+        model: LightningModule,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        output: str | None = None,
+        *,
+        callbacks: Callbacks = None,
+    ) -> PruneResult:
+        """Evaluate, prune, evaluate again, and write the pruned checkpoint.
+
+        Args:
+            model: A module; to write a checkpoint, one whose ``prunable_model`` is a transformers
+                model, such as ``CausalLMModule``.
+            dataloaders: Validation batches.
+            datamodule: In place of dataloaders; its tokenizer is saved along.
+            output: Folder for the checkpoint and its manifest; ``None`` writes nothing.
+            callbacks: Callbacks for this call.
+
+        Returns:
+            Masks and reports; the model's weights are zeroed.
+
+        Raises:
+            ValueError: There is not exactly one pruning callback with ``when="validate"``.
+            OSError: The folder can't be written to; said before anything is run.
+        """
+        callback = _only_pruning([*self.callbacks, *_listed(callbacks)])
+        if output is not None:
+            check_destination(output)
+        self.validate(model, dataloaders, verbose=False, datamodule=datamodule, callbacks=callbacks)
+        result = callback.result
+        if result is None or not callback.has_pruned(model):
+            raise ValueError("nothing was pruned: are there validation batches?")
+        if output is not None and self.is_global_zero:
+            self._save(output, model, datamodule, callback, result)
+        self.strategy.barrier()
+        return result
+
+    def _save(
+        self,
+        output: str,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        callback: PruningCallback,
+        result: PruneResult,
+    ) -> None:
+        model = getattr(module, "prunable_model", module)
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"output= writes transformers models, and {type(model).__name__} is none: name one "
+                f"in an attribute `prunable_model`, or use Trainer.save_checkpoint"
+            )
+        ours = datamodule if isinstance(datamodule, CalibrationDataModule) else None
+        manifest = manifest_of(
+            result,
+            model=str(getattr(module, "pretrained", model.config.name_or_path)),
+            settings=callback.settings,
+            data=None if ours is None else ours.settings,
+            dense=callback.dense_metrics,
+            pruned=callback.sparse_metrics,
+        )
+        tokenizer = None if ours is None else ours.tokenizer
+        save_checkpoint(output, model, tokenizer, manifest)
+
+    def _evaluate_dense(
+        self, moment: Literal["validate", "test"], model: LightningModule | None, options: Any
+    ) -> None:
+        """Give pruning callbacks the metrics of the dense model, where they want them."""
+        module = model or self.lightning_module
+        pruning = [
+            callback
+            for callback in self.callbacks
+            if isinstance(callback, PruningCallback)
+            and callback.when == moment
+            and callback.baseline
+            and not callback.has_pruned(module)
+        ]
+        if not pruning:
+            return
+        with self._with([c for c in self.callbacks if not isinstance(c, PruningCallback)]):
+            evaluate = super().validate if moment == "validate" else super().test
+            metrics = evaluate(model, verbose=False, **options)
+        for callback in pruning:
+            callback.dense_metrics = {k: v for part in metrics for k, v in part.items()}
+
+    @contextmanager
+    def _with(self, callbacks: list[Callback]) -> Iterator[None]:
+        """Have these callbacks until the end; checkpoints come last, as Lightning wants it."""
+        before = self.callbacks
+        self.callbacks = sorted(callbacks, key=lambda c: isinstance(c, Checkpoint))
+        try:
+            yield
+        finally:
+            self.callbacks = before
+
+
+def _listed(callbacks: Callbacks) -> list[Callback]:
+    if callbacks is None:
+        return []
+    return [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+
+
+def _only_pruning(callbacks: Sequence[Callback]) -> PruningCallback:
+    found = [c for c in callbacks if isinstance(c, PruningCallback) and c.when == "validate"]
+    if len(found) != 1:
+        raise ValueError(
+            f"prune needs exactly one pruning callback with when='validate', such as SymPrune(); "
+            f"there are {len(found)}"
+        )
+    return found[0]

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from symprune_lightning.engine.recorder import (
+    InputMoments,
+    LastInput,
+    Recorder,
+    SequenceVariance,
+)
+
+
+def test_moments_metric_adds_up_and_resets():
+    metric = InputMoments()
+    x = torch.randn(2, 5, 3)
+    metric.update(x[:1])
+    metric.update(x[1:])
+    torch.testing.assert_close(metric.value.mean, x.double().flatten(0, 1).mean(0))
+    assert metric.value.tokens == 10
+    metric.reset()
+    metric.update(x[:1])
+    assert metric.value.tokens == 5
+
+
+def test_one_channel_stays_a_vector():
+    for metric in (InputMoments(), SequenceVariance()):
+        metric.update(torch.randn(1, 4, 1))
+    assert metric.value.shape == (1,)
+
+
+def test_sequence_variance_is_token_weighted():
+    metric = SequenceVariance()
+    short, long = torch.randn(1, 2, 3).double(), torch.randn(3, 6, 3).double()
+    metric.update(short)
+    metric.update(long)
+    inside = short.var(1, correction=0).sum(0) * 2 + long.var(1, correction=0).sum(0) * 6
+    torch.testing.assert_close(metric.value, inside / 20)
+
+
+def test_shared_input_is_measured_once():
+    recorder, last, x = Recorder(["input"]), LastInput(), torch.randn(1, 4, 3)
+    for name in ("q", "k", "v"):
+        recorder.observe(name, x, last, None)
+    recorder.observe("o", x.clone(), last, None)
+    assert recorder.statistics("k").input is not None
+    assert recorder.statistics("k").input.tokens == 4
+    assert set(recorder._metrics) == {"q", "o"}
+
+
+def test_a_tensor_that_was_written_to_is_measured_again():
+    recorder, last, x = Recorder(["input"]), LastInput(), torch.ones(1, 4, 3)
+    recorder.observe("a", x, last, None)
+    x.mul_(2)
+    recorder.observe("b", x, last, None)
+    assert recorder.statistics("b").input.mean.tolist() == [2.0] * 3
+
+
+def test_input_shared_in_some_batches_only():
+    recorder = Recorder(["input"])
+    last, x = LastInput(), torch.ones(1, 4, 3)
+    recorder.observe("a", x, last, None)
+    recorder.observe("b", x, last, None)
+    recorder.observe("b", 3 * x, LastInput(), None)
+    assert recorder.statistics("b").input.mean.tolist() == [2.0] * 3
+
+
+def test_padding_is_left_out():
+    recorder, x = Recorder(["input"]), torch.ones(2, 3, 4)
+    x[1, 2] = 100
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    recorder.observe("a", x, LastInput(), valid)
+    assert recorder.statistics("a").input.mean.tolist() == [1.0] * 4
+    assert recorder.statistics("a").input.tokens == 5
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_activations_that_are_not_finite(value):
+    recorder, x = Recorder(["input"]), torch.ones(1, 4, 3)
+    x[0, 0, 1] = value
+    recorder.observe("model.q", x, LastInput(), None)
+    with pytest.raises(ValueError, match=r"input of layer model.q holds NaN.*channel 1"):
+        recorder.statistics("model.q")
+
+
+def test_only_what_is_needed_is_collected():
+    recorder = Recorder([])
+    recorder.observe("a", torch.ones(1, 4, 3), LastInput(), None)
+    statistics = recorder.statistics("a")
+    assert statistics.input is None
+    assert statistics.sequence_variance is None
+
+
+def test_what_no_layer_needs_any_more_is_dropped():
+    recorder, last, x = Recorder(["input"]), LastInput(), torch.ones(1, 4, 3)
+    recorder.observe("later", x.clone(), LastInput(), None)
+    recorder.observe("q", x, last, None)
+    recorder.finish(["q"])
+    recorder.observe("k", x, last, None)
+    recorder.finish(["k"])
+    assert set(recorder._metrics) == {"later", "q"}
+    recorder.observe("o", x.clone(), last, None)
+    recorder.finish(["o"])
+    assert set(recorder._metrics) == {"later", "o"}

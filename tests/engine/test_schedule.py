@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import contextvars
+
+import greenlet
+import pytest
+import torch
+from torch import nn
+
+from symprune_lightning.engine.prune import PruningError, PruningWarning, prune_model
+from symprune_lightning.engine.schedule import SuspendedForward
+from tests.models import batches, build, mlp
+
+SCHEDULES = ("layer", "block", "dense")
+
+
+def recorded(model, data, schedule, **options):
+    """Prune, and say how many forwards each layer did and in which order layers were pruned."""
+    calls, order = {}, []
+    hooks = [
+        m.register_forward_hook(lambda m, a, o, n=n: calls.__setitem__(n, calls.get(n, 0) + 1))
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+    ]
+    prune_model(
+        model,
+        data,
+        score="wanda",
+        schedule=schedule,
+        progress=lambda report, done, total: order.append(report.name),
+        **options,
+    )
+    for hook in hooks:
+        hook.remove()
+    return calls, order
+
+
+@pytest.mark.parametrize(("schedule", "forwards"), [("layer", 1), ("block", 2), ("dense", 1)])
+def test_number_of_forwards(schedule, forwards):
+    data = batches(count=3)
+    calls, order = recorded(build("llama"), data, schedule)
+    layers = [n for n in calls if "lm_head" not in n and "layers.1.mlp.down" not in n]
+    assert {calls[n] for n in layers if "layers.0" in n} == {forwards * len(data)}
+    # behind the last station nothing is run
+    assert ("lm_head" in calls) == (schedule == "dense")
+    assert len(order) == 14
+
+
+def by_hand(model, data):
+    """The layer schedule, spelled out for a chain of layers."""
+    inputs = data
+    for module in model:
+        if isinstance(module, nn.Linear):
+            norm = torch.cat(inputs).double().square().mean(0).sqrt().float()
+            score = module.weight.detach().abs() * norm
+            cut = score.argsort(dim=1, stable=True)[:, : score.shape[1] // 2]
+            module.weight.data.scatter_(1, cut, 0)
+        inputs = [module(x) for x in inputs]
+
+
+def test_layer_schedule_sees_sparse_layers_before():
+    data = [torch.randn(20, 16) for _ in range(3)]
+    ours, reference = mlp(), mlp()
+    prune_model(ours, data, score="wanda")
+    with torch.no_grad():
+        by_hand(reference, data)
+    assert torch.equal(ours[0].weight, reference[0].weight)
+    assert torch.equal(ours[2].weight, reference[2].weight)
+
+
+def test_dense_schedule_sees_the_dense_model():
+    data = [torch.randn(20, 16) for _ in range(3)]
+    ours, dense = mlp(), mlp()
+    prune_model(ours, data, score="wanda", schedule="dense")
+    hidden = dense[:2](torch.cat(data)).double().square().mean(0).sqrt().float()
+    score = dense[2].weight.detach().abs() * hidden
+    kept = torch.ones_like(score, dtype=torch.bool)
+    kept.scatter_(1, score.argsort(dim=1, stable=True)[:, :12], False)
+    assert torch.equal(ours[2].weight != 0, kept)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_masks_do_not_depend_on_batching(schedule):
+    data = batches(count=6, size=1)
+    joined = [{"input_ids": torch.cat([b["input_ids"] for b in data[i::2]])} for i in range(2)]
+    one = prune_model(build("llama"), data, schedule=schedule).masks
+    other = prune_model(build("llama"), joined, schedule=schedule).masks
+    apart = sum(int((one[n] != other[n]).sum()) for n in one)
+    assert apart <= sum(m.numel() for m in one.values()) / 10_000
+
+
+class Experts(nn.Module):
+    """Tokens go to one of two experts; a third is never chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        for i in (0, 1):
+            chosen = (x[:, 0] > 0) == bool(i)
+            if chosen.any():
+                y[chosen] = self.experts[i](x[chosen])
+        return self.out(y)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_experts_that_some_batches_never_reach(schedule):
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(30, 8)
+    data = [x[x[:, 0] > 0], x[x[:, 0] <= 0], x]
+    with pytest.warns(PruningWarning, match="no calibration batch came to these.*experts.2"):
+        result = prune_model(model, data, score="wanda", schedule=schedule)
+    assert result.unreached == ["experts.2"]
+    assert {r.name: r.tokens for r in result.layers} == {
+        "experts.0": 2 * int((x[:, 0] <= 0).sum()),
+        "experts.1": 2 * int((x[:, 0] > 0).sum()),
+        "out": 60,
+    }
+    assert (model.experts[2].weight != 0).all()
+
+
+class Looped(nn.Module):
+    """One layer, called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(self.layer(x).relu())
+
+
+def test_layer_called_twice_is_reported():
+    with pytest.warns(PruningWarning, match="after they had been pruned.*: layer"):
+        result = prune_model(Looped(), [torch.randn(5, 8)] * 2)
+    assert result.layers[0].tokens == 10
+
+
+def test_layer_called_twice_is_measured_twice_by_the_dense_schedule():
+    assert prune_model(Looped(), [torch.randn(5, 8)] * 2, schedule="dense").layers[0].tokens == 20
+
+
+class Failing(nn.Module):
+    def __init__(self, at):
+        super().__init__()
+        self.first, self.second, self.at, self.calls = nn.Linear(8, 8), nn.Linear(8, 8), at, 0
+        self.left = 0
+
+    def forward(self, x):
+        try:
+            if self.at == "start":
+                self.calls += 1
+                if self.calls == 3:
+                    raise RuntimeError("out of paper")
+            x = self.first(x)
+            if self.at == "middle":
+                raise RuntimeError("out of paper")
+            return self.second(x)
+        finally:
+            self.left += 1
+
+
+def test_batch_that_raises_before_anything_is_pruned():
+    model = Failing("start")
+    dense = model.first.weight.clone()
+    with pytest.raises(RuntimeError, match="out of paper") as error:
+        prune_model(model, [torch.randn(4, 8)] * 4)
+    assert not isinstance(error.value, PruningError)
+    assert torch.equal(model.first.weight, dense)
+    assert model.left == 3, "the two that waited have left the model"
+    assert not model.first._forward_pre_hooks
+
+
+def test_batch_that_raises_half_way_says_that_the_model_is_half_pruned():
+    model = Failing("middle").train()
+    with pytest.raises(PruningError, match=r"after 1 of 2 layers: out of paper.*load it again"):
+        prune_model(model, [torch.randn(4, 8)] * 4)
+    assert model.left == 4
+    assert not model.first._forward_pre_hooks
+    assert not model.second._forward_pre_hooks
+    assert model.training
+    assert model.second.training
+
+
+class Casting(nn.Module):
+    """Turns on autocast inside its forward, and must find it on after each wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for layer in self.layers:
+                x = layer(x)
+                assert x.dtype == torch.bfloat16
+        assert not torch.is_autocast_enabled("cpu")
+        return x
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_autocast_inside_the_model(schedule):
+    model = Casting()
+    prune_model(model, [torch.randn(4, 8)] * 3, schedule=schedule)
+    assert not torch.is_autocast_enabled("cpu")
+    # no stale half-precision copy of dense weights is left behind
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sparse = nn.functional.linear(torch.eye(8), model.layers[0].weight).T
+    assert (sparse == 0).sum() == 32
+
+
+def test_context_variables_reach_the_model():
+    variable = contextvars.ContextVar("variable", default="unset")
+    seen = []
+
+    class Reading(nn.Linear):
+        def forward(self, x):
+            seen.append(variable.get())
+            return super().forward(x)
+
+    variable.set("set")
+    prune_model(nn.Sequential(Reading(8, 8), nn.Linear(8, 8)), [torch.randn(4, 8)] * 2)
+    assert seen == ["set", "set"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_padding_does_not_count(schedule):
+    short = batches(count=2, size=1, length=8)
+    padded = []
+    for batch in short:
+        ids = torch.nn.functional.pad(batch["input_ids"], (0, 5))
+        mask = torch.nn.functional.pad(torch.ones(1, 8, dtype=torch.long), (0, 5))
+        padded.append({"input_ids": ids, "attention_mask": mask})
+    plain = prune_model(build("llama"), short, schedule=schedule)
+    result = prune_model(build("llama"), padded, schedule=schedule)
+    assert {r.tokens for r in result.layers} == {16}
+    apart = sum(int((plain.masks[n] != result.masks[n]).sum()) for n in plain.masks)
+    assert apart <= sum(m.numel() for m in plain.masks.values()) / 10_000
+
+
+def test_works_inside_another_greenlet():
+    result = []
+    runner = greenlet.greenlet(
+        lambda: result.append(prune_model(mlp(), [torch.randn(4, 16)] * 2).sparsity)
+    )
+    runner.switch()
+    assert result == [0.5]
+
+
+def test_a_batch_without_layers_is_over_at_once():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(x) if len(x) > 2 else x
+
+    result = prune_model(Skipping(), [torch.randn(1, 8), torch.randn(4, 8)])
+    assert result.layers[0].tokens == 4
+
+
+def test_stations_are_in_model_order():
+    model = build("llama")
+    from symprune_lightning.engine.layers import prunable_layers
+    from symprune_lightning.engine.recorder import Recorder
+
+    layers = prunable_layers(model)
+    for schedule, count in (("layer", 14), ("block", 2), ("dense", 0)):
+        suspended = SuspendedForward(model, layers, Recorder([]), lambda x: None, schedule)
+        assert len(suspended.stations) == count
+        listed = [x.name for station in suspended.stations.values() for x in station]
+        assert listed == ([x.name for x in layers] if count else [])
