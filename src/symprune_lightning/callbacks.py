@@ -17,7 +17,7 @@ from torch import nn
 from symprune_lightning.display import layer_bar, summary
 from symprune_lightning.engine.layers import LM_HEAD
 from symprune_lightning.engine.prune import Progress, PruneResult, call_model, prune_model
-from symprune_lightning.engine.schedule import Forward, Schedule
+from symprune_lightning.engine.schedule import Forward, Schedule, check_schedule
 from symprune_lightning.functional.naming import by_name
 from symprune_lightning.functional.patterns import Group, Pattern, pattern_of
 from symprune_lightning.functional.refiners import MaskRefiner
@@ -201,6 +201,7 @@ class SymPrune(PruningCallback):
         calibration: Iterable[Any] | None = None,
         baseline: bool = True,
     ) -> None:
+        check_schedule(schedule)
         super().__init__(when=when, calibration=calibration, baseline=baseline)
         self.score = by_name(Score, score)  # type: ignore[type-abstract]
         self.pattern = pattern_of(pattern, sparsity=sparsity, group=group)

@@ -14,6 +14,18 @@ from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
 
 
+class PlainPathParser(LightningArgumentParser):
+    """Leaves a value that is the path of a file alone; Lightning's would put its contents there.
+
+    Without this, ``dataset: my.txt`` and ``pretrained: model.gguf`` would be read as configuration.
+    ``model: part.yaml`` still is.
+    """
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        """As in jsonargparse, never with ``sub_configs``."""
+        return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
+
+
 class PruningCLI(LightningCLI):
     """``fit``, ``validate``, ``test`` as in Lightning, and ``prune``."""
 
@@ -58,6 +70,7 @@ def main() -> None:
             CausalLMModule,
             CalibrationDataModule,
             trainer_class=Trainer,
+            parser_class=PlainPathParser,
             save_config_callback=None,
             seed_everything_default=0,
         )

@@ -36,8 +36,9 @@ def check_destination(output: str | Path) -> Path:
         NotADirectoryError: A part of the path is a file.
     """
     path = Path(output).expanduser().absolute()
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"cannot write a checkpoint to {path}: it is a file")
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise NotADirectoryError(f"cannot write a checkpoint to {path}: {part} is a file")
     if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
         raise FileExistsError(
             f"{path} holds files, and no {MANIFEST} says that they are an earlier pruned "
@@ -47,8 +48,6 @@ def check_destination(output: str | Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except NotADirectoryError:
-        raise NotADirectoryError(f"cannot write to {path}: a part of it is a file") from None
     except OSError as error:
         raise PermissionError(f"cannot write to {path.parent}: {error}; choose another") from error
     return path

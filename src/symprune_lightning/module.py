@@ -110,7 +110,7 @@ class CausalLMModule(LightningModule):
         if self.model is None:
             self.model = load_model(
                 self.pretrained, dtype=self.dtype_name, trust_remote_code=self.trust_remote_code
-            )
+            ).train()  # as any module that is new; transformers loads in eval mode
 
     @property
     def prunable_model(self) -> PreTrainedModel:

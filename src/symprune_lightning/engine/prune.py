@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from symprune_lightning.engine.layers import LM_HEAD, Layer, by_layer, prunable_layers
 from symprune_lightning.engine.recorder import Recorder
-from symprune_lightning.engine.schedule import Forward, Schedule, SuspendedForward
+from symprune_lightning.engine.schedule import Forward, Schedule, SuspendedForward, check_schedule
 from symprune_lightning.functional.naming import by_name
 from symprune_lightning.functional.patterns import Group, Pattern, pattern_of
 from symprune_lightning.functional.refiners import MaskRefiner
@@ -73,8 +73,8 @@ class PruneResult:
     @property
     def sparsity(self) -> float:
         """Realised fraction of zeros over all pruned layers."""
-        kept = sum(int(mask.sum()) for mask in self.masks.values())
-        return 1 - kept / sum(mask.numel() for mask in self.masks.values())
+        zeros = sum(int((~mask).sum()) for mask in self.masks.values())
+        return zeros / sum(mask.numel() for mask in self.masks.values())
 
 
 Refine = MaskRefiner | str | Mapping[str, MaskRefiner | str] | None
@@ -138,8 +138,7 @@ def prune_model(
         >>> result.sparsity
         0.5
     """
-    if schedule not in get_args(Schedule):
-        raise ValueError(f"schedule is {schedule!r}; choose one of {get_args(Schedule)}")
+    check_schedule(schedule)
     run = _Run(
         layers=prunable_layers(model, ignore),
         score=by_name(Score, score),  # type: ignore[type-abstract]
@@ -236,7 +235,7 @@ class _Run:
         report = LayerReport(
             name=layer.name,
             shape=(weight.shape[0], weight.shape[1]),
-            sparsity=1 - int(mask.sum()) / mask.numel(),
+            sparsity=int((~mask).sum()) / mask.numel(),
             error=_relative_error(weight, first, statistics),
             error_refined=_relative_error(weight, mask, statistics),
             swaps=int((mask & ~first).sum()),

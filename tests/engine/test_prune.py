@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from symprune_lightning.engine.prune import PruningError, prune_model
+from symprune_lightning.functional.refiners import DSnoT, R2DSnoT
+from symprune_lightning.functional.scores import RIA
+from tests.models import LANGUAGE, batches, build, mlp
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def golden_dsnot(**options):
+    return DSnoT(threshold=0.1 / 128, reference=True, **options)
+
+
+GOLDEN_RUNS = {
+    "magnitude-50": {"score": "magnitude", "group": "layer"},
+    "wanda-50": {"score": "wanda"},
+    "ria-50": {"score": "ria"},
+    "ria-alpha1-60": {"score": RIA(alpha=1.0), "sparsity": 0.6},
+    "wanda-2of4": {"score": "wanda", "pattern": "2:4"},
+    "ria-2of4": {"score": "ria", "pattern": "2:4"},
+    "wanda-4of8": {"score": "wanda", "pattern": "4:8"},
+    "dsnot-wanda-50": {"score": "wanda", "refine": golden_dsnot()},
+    "dsnot-magnitude-50": {"score": "magnitude", "refine": golden_dsnot()},
+    "dsnot-wanda-50-attention-only": {
+        "score": "wanda",
+        "refine": {"re:.*self_attn.*": golden_dsnot()},
+    },
+    "dsnot-wanda-60-same-sign": {
+        "score": "wanda",
+        "sparsity": 0.6,
+        "refine": golden_dsnot(same_sign=True),
+    },
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_RUNS)
+def test_golden_masks(name):
+    """The masks of the reference implementations, at most 1 weight in 10,000 apart."""
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN)
+    sequences = load_file(GOLDEN / "calibration.safetensors")["input_ids"]
+    data = [{"input_ids": ids[None]} for ids in sequences]
+    masks = prune_model(model, data, schedule="block", **GOLDEN_RUNS[name]).masks
+    reference = load_file(GOLDEN / f"{name}.safetensors")
+    assert set(masks) == set(reference)
+    for layer, packed in reference.items():
+        kept = np.unpackbits(packed.numpy(), axis=1)[:, : masks[layer].shape[1]].astype(bool)
+        apart = (masks[layer].numpy() != kept).sum()
+        assert apart <= kept.size / 10_000, layer
+
+
+@pytest.mark.parametrize("schedule", ["layer", "block", "dense"])
+@pytest.mark.parametrize("name", [*LANGUAGE, "vit"])
+def test_architectures_get_exactly_the_sparsity_asked_for(name, schedule):
+    model = build(name)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    result = prune_model(model, batches(name), refine="r2dsnot", schedule=schedule)
+    assert not result.unreached
+    assert len(result.masks) >= 8
+    for layer, mask in result.masks.items():
+        module = model.get_submodule(layer)
+        weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+        assert ((weight == 0).sum(1) == weight.shape[1] // 2).all(), layer
+        assert torch.equal(weight != 0, mask)
+        assert (~mask).sum() == (mask.numel() // 2)
+    pruned = {f"{layer}.weight" for layer in result.masks}
+    for parameter, value in model.named_parameters():
+        if parameter not in pruned:
+            assert torch.equal(value, before[parameter]), f"{parameter} was touched"
+        else:
+            kept = value != 0
+            assert torch.equal(value[kept], before[parameter][kept]), "kept weights are as before"
+
+
+@pytest.mark.parametrize("group", ["output", "input", "layer"])
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "ri", "ria"])
+def test_scores_and_groups_compose(score, group):
+    model = mlp()
+    result = prune_model(model, [torch.randn(9, 16)], score=score, group=group, sparsity=0.25)
+    assert result.sparsity == 0.25
+    assert [r.name for r in result.layers] == ["0", "2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype):
+    model = mlp(dtype=dtype)
+    data = [torch.randn(9, 16, dtype=dtype)]
+    assert prune_model(model, data, refine=R2DSnoT()).sparsity == 0.5
+    assert model[0].weight.dtype == dtype
+
+
+def test_reports():
+    data = [torch.randn(9, 16) + 1, torch.randn(7, 16) + 1]
+    calls = []
+    result = prune_model(
+        mlp(), data, refine="r2dsnot", progress=lambda *call: calls.append(call), sparsity=0.3
+    )
+    first, second = result.layers
+    assert (first.name, first.shape, first.tokens) == ("0", (24, 16), 16)
+    assert first.sparsity == 4 / 16, "floor(16 · 0.3) of each row"
+    assert second.sparsity == 7 / 24
+    assert 0 < first.error < 1
+    assert first.swaps > 0
+    assert first.error_refined != first.error
+    assert first.seconds > 0
+    assert calls == [(first, 1, 2), (second, 2, 2)]
+
+
+def test_error_is_that_of_the_weights_as_they_were():
+    """Reported relative error against the output error measured with the very data."""
+    torch.manual_seed(0)
+    x = torch.randn(20_000, 16)
+    model, dense = nn.Sequential(nn.Linear(16, 8)), nn.Sequential(nn.Linear(16, 8))
+    dense.load_state_dict(model.state_dict())
+    report = prune_model(model, [x], score="wanda").layers[0]
+    with torch.no_grad():
+        lost = (x @ (dense[0].weight - model[0].weight).T).square().sum()
+        relative = float(lost / (x @ dense[0].weight.T).square().sum())
+    assert report.error == pytest.approx(relative, rel=0.02)
+    assert report.error_refined == report.error
+
+
+def test_magnitude_needs_no_data_and_runs_no_forward():
+    class Untouchable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            raise AssertionError("not needed")
+
+    result = prune_model(Untouchable(), [], score="magnitude")
+    assert result.sparsity == 0.5
+    assert result.layers[0].error is None
+
+
+def test_zeros_stay_and_count():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].weight[1, :3] = 0
+    zero = model[0].weight == 0
+    result = prune_model(model, [torch.randn(9, 16)], refine="dsnot", sparsity=0.5)
+    assert not result.masks["0"][zero].any()
+    kept = result.masks["0"].sum(1)
+    assert kept[0] == 0
+    assert (kept[1:] == 8).all()
+
+
+def test_mode_cache_and_gradients_are_as_before():
+    model = build("llama").train()
+    model.model.layers[0].eval()
+    prune_model(model, batches())
+    assert model.training
+    assert not model.model.layers[0].training
+    assert model.model.layers[1].mlp.training
+    assert model.config.use_cache is True
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_training_works_after_pruning_in_inference_mode():
+    model = build("llama")
+    with torch.inference_mode():
+        prune_model(model, batches(), refine="r2dsnot")
+    batch = batches()[0]["input_ids"]
+    model(input_ids=batch, labels=batch).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_batches_may_be_tuples_tensors_or_anything_with_a_forward():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x, y):
+            return self.layer(x + y)
+
+    x = torch.randn(4, 8)
+    one = prune_model(mlp_of_two(Two), [(x, x)]).masks["layer"]
+    two = prune_model(mlp_of_two(Two), [{"x": x, "y": x}]).masks["layer"]
+    three = prune_model(mlp_of_two(Two), [x], forward=lambda m, b: m(b, b)).masks["layer"]
+    assert torch.equal(one, two)
+    assert torch.equal(one, three)
+
+
+def mlp_of_two(kind):
+    torch.manual_seed(0)
+    return kind()
+
+
+def test_empty_calibration_set():
+    model = mlp()
+    dense = model[0].weight.clone()
+    with pytest.raises(ValueError, match="calibration set is empty"):
+        prune_model(model, [])
+    assert torch.equal(model[0].weight, dense)
+
+
+def test_forward_that_runs_another_model():
+    with pytest.raises(ValueError, match="no calibration batch came to any of the 2"):
+        prune_model(mlp(), [torch.randn(4, 16)], forward=lambda m, b: b)
+
+
+def test_nan_activations_name_the_layer():
+    x = torch.randn(4, 16)
+    x[1, 5] = torch.nan
+    model = mlp()
+    dense = model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"input of layer 0 holds NaN or infinite.*channel 5"):
+        prune_model(model, [x])
+    assert torch.equal(model[0].weight, dense)
+
+
+def test_infinite_activations_half_way():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    model[0].bias.data[3] = torch.inf
+    with pytest.raises(PruningError, match=r"after 1 of 2 layers: the input of layer 1 holds NaN"):
+        prune_model(model, [torch.randn(4, 16)])
+
+
+def test_nan_weights_name_the_layer():
+    model = mlp()
+    model[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer 0: some weights or scores are NaN"):
+        prune_model(model, [torch.randn(4, 16)])
+
+
+def test_pattern_that_does_not_divide_names_the_layer():
+    model = nn.Sequential(nn.Linear(16, 6), nn.Linear(6, 4))
+    with pytest.raises(ValueError, match="layer 1: pattern 2:4 does not divide 6 inputs"):
+        prune_model(model, [torch.randn(4, 16)], pattern="2:4")
+    assert (model[0].weight != 0).all()
+
+
+@pytest.mark.parametrize("options", [{"group": "input"}, {"pattern": "2:4"}])
+def test_refiner_that_would_break_the_budget(options):
+    with pytest.raises(ValueError, match="refiners swap weights inside rows, which breaks"):
+        prune_model(mlp(), [torch.randn(4, 16)], refine="dsnot", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "lazy"}, "schedule is 'lazy'; choose one of"),
+        ({"sparsity": 50}, "for fifty percent write 0.5"),
+        ({"score": "wandb"}, "no Score is called 'wandb'"),
+        ({"refine": "dsno"}, "no MaskRefiner is called 'dsno'"),
+        ({"refine": {"re:.*attn": "dsnot"}}, "'re:.*attn' matches none of the 2 layers"),
+        ({"ignore": ["lm_heat"]}, "'lm_heat' matches none"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        prune_model(mlp(), [torch.randn(4, 16)], **options)

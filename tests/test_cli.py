@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from symprune_lightning import cli
+from tests.models import build
+from tests.texts import texts, tokenizer
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+SMALL = {"sequences": 4, "sequence_length": 16, "evaluation_sequences": 2}
+
+
+@pytest.fixture
+def model(tmp_path):
+    build("llama").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts()))
+    return tmp_path
+
+
+def symprune(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["symprune", *map(str, arguments)])
+    cli.main()
+
+
+def small(folder):
+    options = {**SMALL, "dataset": folder / "texts.txt"}
+    return [f"--model.pretrained={folder / 'model'}", "--trainer.accelerator=cpu"] + [
+        f"--data.{name}={value}" for name, value in options.items()
+    ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipes_prune(recipe, model, monkeypatch, capsys):
+    output = model / "out"
+    symprune(monkeypatch, "prune", "--config", recipe, *small(model), "--output", output)
+    manifest = json.loads((output / "sparsity_manifest.json").read_text())
+    assert manifest["sparsity"] == 0.5
+    assert (output / "model.safetensors").is_file()
+    printed = capsys.readouterr().out
+    assert "sparsity: 0.500000 over 14 layers" in printed
+    assert f"pruned {manifest['metrics']['pruned']['val_perplexity']:.4f}" in printed
+    assert f"checkpoint: {output}" in printed
+
+
+def test_recipes_differ_in_the_method_only():
+    assert len(RECIPES) >= 4
+    shared = []
+    for path in RECIPES:
+        recipe = yaml.safe_load(path.read_text())
+        recipe["trainer"].pop("callbacks")
+        shared.append(recipe)
+    assert all(recipe == shared[0] for recipe in shared)
+
+
+def test_validate_prunes_too(model, monkeypatch, capsys):
+    recipe = next(p for p in RECIPES if p.stem == "wanda")
+    symprune(monkeypatch, "validate", "--config", recipe, *small(model))
+    assert "val_perplexity" in capsys.readouterr().out
+
+
+def test_methods_by_short_name_and_override(model, monkeypatch):
+    recipe = next(p for p in RECIPES if p.stem == "ria-r2dsnot")
+    output = model / "out"
+    override = ["--trainer.callbacks.init_args.sparsity=0.25", "--output", str(output)]
+    symprune(monkeypatch, "prune", "--config", recipe, *small(model), *override)
+    manifest = json.loads((output / "sparsity_manifest.json").read_text())
+    assert manifest["sparsity"] == 0.25
+    assert manifest["settings"]["refine"]["name"] == "R2DSnoT"
+
+
+def test_score_by_string(model, monkeypatch):
+    recipe = yaml.safe_load(RECIPES[0].read_text())
+    for part in ("model", "data"):
+        recipe[part] = str(RECIPES[0].parent / recipe[part])
+    recipe["trainer"]["callbacks"] = [
+        {
+            "class_path": "SymPrune",
+            "init_args": {"score": "wanda", "refine": {"re:.*mlp.*": {"class_path": "DSnoT"}}},
+        }
+    ]
+    (model / "own.yaml").write_text(yaml.safe_dump(recipe))
+    symprune(
+        monkeypatch,
+        *("prune", "--config", model / "own.yaml", *small(model), "--output", model / "out"),
+    )
+    settings = json.loads((model / "out" / "sparsity_manifest.json").read_text())["settings"]
+    assert settings["score"]["name"] == "Wanda"
+    assert settings["refine"]["re:.*mlp.*"]["name"] == "DSnoT"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.pretrained=./nowhere"], "symprune: no model at nowhere: give a folder"),
+        (["--data.sequences=4000"], "symprune: the texts for calibration are too short"),
+    ],
+)
+def test_mistakes_are_one_line(model, monkeypatch, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        symprune(monkeypatch, "prune", "--config", RECIPES[0], *small(model), *arguments)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_is_installed_and_has_help():
+    command = Path(sys.executable).parent / "symprune"
+    run = subprocess.run([command, "prune", "--help"], capture_output=True, text=True, check=True)
+    assert "--output" in run.stdout

@@ -1,0 +1,25 @@
+"""A tokenizer that is made on the spot, and texts for it."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, of the vocabulary of the tiny models."""
+    model = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def texts(count: int = 40, length: int = 30) -> list[str]:
+    """Different texts of ``length`` words."""
+    return [
+        " ".join(WORDS[4 + (7 * i * j + i + j) % 60] for j in range(length)) for i in range(count)
+    ]
