@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def measure(
             "forward without the output projection": lambda: forward(body, batches),
         }
         for name, method in METHODS.items():
-            runs[name] = lambda method=method: prune_model(model, batches, **method)
+            runs[name] = partial(prune_model, model, batches, **method)
         for name, run in runs.items():
             model.load_state_dict(dense)
             times.setdefault(name, []).append(seconds(run))
