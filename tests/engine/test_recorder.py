@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from symprune_lightning.engine.layers import Layer
 from symprune_lightning.engine.recorder import (
+    GramMatrix,
     InputMoments,
     LastInput,
     Recorder,
     SequenceVariance,
 )
+
+
+def layer(name):
+    return Layer(name, nn.Linear(3, 2))
 
 
 def test_moments_metric_adds_up_and_resets():
@@ -41,8 +48,8 @@ def test_sequence_variance_is_token_weighted():
 def test_shared_input_is_measured_once():
     recorder, last, x = Recorder(["input"]), LastInput(), torch.randn(1, 4, 3)
     for name in ("q", "k", "v"):
-        recorder.observe(name, x, last, None)
-    recorder.observe("o", x.clone(), last, None)
+        recorder.observe(layer(name), x, last, None)
+    recorder.observe(layer("o"), x.clone(), last, None)
     assert recorder.statistics("k").input is not None
     assert recorder.statistics("k").input.tokens == 4
     assert set(recorder._metrics) == {"q", "o"}
@@ -50,27 +57,27 @@ def test_shared_input_is_measured_once():
 
 def test_a_tensor_that_was_written_to_is_measured_again():
     recorder, last, x = Recorder(["input"]), LastInput(), torch.ones(1, 4, 3)
-    recorder.observe("a", x, last, None)
+    recorder.observe(layer("a"), x, last, None)
     x.mul_(2)
-    recorder.observe("b", x, last, None)
+    recorder.observe(layer("b"), x, last, None)
     assert recorder.statistics("b").input.mean.tolist() == [2.0] * 3
 
 
 def test_input_shared_in_some_batches_only():
     recorder = Recorder(["input"])
     last, x = LastInput(), torch.ones(1, 4, 3)
-    recorder.observe("a", x, last, None)
-    recorder.observe("b", x, last, None)
-    recorder.observe("b", 3 * x, LastInput(), None)
+    recorder.observe(layer("a"), x, last, None)
+    recorder.observe(layer("b"), x, last, None)
+    recorder.observe(layer("b"), 3 * x, LastInput(), None)
     assert recorder.statistics("b").input.mean.tolist() == [2.0] * 3
 
 
 def test_padding_is_left_out():
-    recorder, x = Recorder(["input"]), torch.ones(2, 3, 4)
+    recorder, x = Recorder(["input"]), torch.ones(2, 3, 3)
     x[1, 2] = 100
     valid = torch.tensor([[True, True, True], [True, True, False]])
-    recorder.observe("a", x, LastInput(), valid)
-    assert recorder.statistics("a").input.mean.tolist() == [1.0] * 4
+    recorder.observe(layer("a"), x, LastInput(), valid)
+    assert recorder.statistics("a").input.mean.tolist() == [1.0] * 3
     assert recorder.statistics("a").input.tokens == 5
 
 
@@ -78,14 +85,14 @@ def test_padding_is_left_out():
 def test_activations_that_are_not_finite(value):
     recorder, x = Recorder(["input"]), torch.ones(1, 4, 3)
     x[0, 0, 1] = value
-    recorder.observe("model.q", x, LastInput(), None)
+    recorder.observe(layer("model.q"), x, LastInput(), None)
     with pytest.raises(ValueError, match=r"input of layer model.q holds NaN.*channel 1"):
         recorder.statistics("model.q")
 
 
 def test_only_what_is_needed_is_collected():
     recorder = Recorder([])
-    recorder.observe("a", torch.ones(1, 4, 3), LastInput(), None)
+    recorder.observe(layer("a"), torch.ones(1, 4, 3), LastInput(), None)
     statistics = recorder.statistics("a")
     assert statistics.input is None
     assert statistics.sequence_variance is None
@@ -93,12 +100,29 @@ def test_only_what_is_needed_is_collected():
 
 def test_what_no_layer_needs_any_more_is_dropped():
     recorder, last, x = Recorder(["input"]), LastInput(), torch.ones(1, 4, 3)
-    recorder.observe("later", x.clone(), LastInput(), None)
-    recorder.observe("q", x, last, None)
+    recorder.observe(layer("later"), x.clone(), LastInput(), None)
+    recorder.observe(layer("q"), x, last, None)
     recorder.finish(["q"])
-    recorder.observe("k", x, last, None)
+    recorder.observe(layer("k"), x, last, None)
     recorder.finish(["k"])
     assert set(recorder._metrics) == {"later", "q"}
-    recorder.observe("o", x.clone(), last, None)
+    recorder.observe(layer("o"), x.clone(), last, None)
     recorder.finish(["o"])
     assert set(recorder._metrics) == {"later", "o"}
+
+
+def test_gram_matrix():
+    metric, x = GramMatrix(), torch.randn(2, 5, 3)
+    metric.update(x[:1])
+    metric.update(x[1:])
+    flat = x.double().flatten(0, 1)
+    torch.testing.assert_close(metric.value, flat.T @ flat / 10, rtol=1e-5, atol=1e-6)
+
+
+def test_output_moments_are_of_the_product_without_bias():
+    recorder, x, linear = Recorder(["output"]), torch.randn(2, 5, 3), nn.Linear(3, 2)
+    recorder.observe(Layer("a", linear), x, LastInput(), None)
+    y = (x @ linear.weight.T).detach()
+    torch.testing.assert_close(
+        recorder.statistics("a").output.norm.float(), y.square().flatten(0, 1).mean(0).sqrt()
+    )

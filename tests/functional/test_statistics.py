@@ -53,5 +53,15 @@ def test_squared_error_is_exact_for_independent_channels():
 
 
 def test_missing_input_is_said():
-    with pytest.raises(ValueError, match="needs the moments of the layer's input"):
+    with pytest.raises(ValueError, match="needs the statistic 'input'"):
         _ = Statistics().input_moments
+
+
+def test_squared_error_is_exact_with_the_gram_matrix():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 4, generator=generator) @ torch.randn(4, 4, generator=generator)
+    delta = torch.randn(3, 4, generator=generator)
+    statistics = Statistics(gram=(x.T @ x / 30).double())
+    torch.testing.assert_close(
+        statistics.squared_error(delta), (x @ delta.T).square().mean(0), rtol=1e-4, atol=1e-5
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from symprune_lightning.functional.statistics import Moments, Need, Statistics
+from symprune_lightning.engine.layers import Layer
+
+from symprune_lightning.functional.statistics import (
+    Moments,
+    Need,
+    Statistics,
+    at_least_float32,
+)
 
 
 class _Sums(Metric, ABC):
@@ -87,6 +95,27 @@ class SequenceVariance(_Sums):
         return total.reshape(-1) / tokens
 
 
+class GramMatrix(_Sums):
+    """Running ``G = E[x xᵀ]``; costs tokens · channels² and channels² of memory."""
+
+    sums = ("tokens", "total")
+    tokens: Tensor
+    total: Tensor
+
+    def update(self, x: Tensor) -> None:
+        """Add activations of shape ``(..., tokens, channels)``."""
+        flat = at_least_float32(x.flatten(0, -2))
+        self.tokens = self.tokens + len(flat)
+        self.total = self.total + (flat.T @ flat).double()
+
+    @property
+    def value(self) -> Tensor:
+        """Shape ``(channels, channels)``, float64."""
+        tokens, total = self.compute()
+        size = math.isqrt(total.numel())
+        return total.reshape(size, size) / tokens
+
+
 class LastInput:
     """The input that a batch measured last, to recognise it when another layer shares it."""
 
@@ -112,32 +141,40 @@ class Recorder:
     """
 
     def __init__(self, needs: Iterable[Need]) -> None:
-        kinds: dict[Need, type[_Sums]] = {
+        inputs: dict[Need, type[_Sums]] = {
             "input": InputMoments,
             "sequence_variance": SequenceVariance,
+            "gram": GramMatrix,
         }
-        self._kinds = {need: kinds[need] for need in needs}
+        needs = set(needs)
+        self._kinds = {need: kind for need, kind in inputs.items() if need in needs}
+        self._measures_output = "output" in needs
         self._metrics: dict[str, dict[Need, _Sums]] = {}
+        self._outputs: dict[str, InputMoments] = {}
         self._sources: defaultdict[str, set[str]] = defaultdict(set)
         self._done: set[str] = set()
 
-    def observe(self, layer: str, x: Tensor, last: LastInput, valid: Tensor | None) -> None:
+    def observe(self, layer: Layer, x: Tensor, last: LastInput, valid: Tensor | None) -> None:
         """Add a layer's input.
 
         Args:
-            layer: The layer's name.
+            layer: The layer, still dense.
             x: Its input, ``(..., tokens, in_features)``.
             last: What the same batch measured last.
             valid: Bool, the leading shape of ``x``: False where a token is padding.
         """
+        tokens = x if valid is None or valid.shape != x.shape[:-1] else x[valid]
         if not last.is_(x):
-            if layer not in self._metrics:
-                self._metrics[layer] = {k: m().to(x.device) for k, m in self._kinds.items()}
-            tokens = x if valid is None or valid.shape != x.shape[:-1] else x[valid]
-            for metric in self._metrics[layer].values():
+            if layer.name not in self._metrics:
+                self._metrics[layer.name] = {k: m().to(x.device) for k, m in self._kinds.items()}
+            for metric in self._metrics[layer.name].values():
                 metric.update(tokens)
-            last.set(x, layer)
-        self._sources[layer].add(last.source)
+            last.set(x, layer.name)
+        self._sources[layer.name].add(last.source)
+        if self._measures_output:
+            output = self._outputs.setdefault(layer.name, InputMoments().to(x.device))
+            weight = layer.read()
+            output.update(tokens.to(weight.dtype) @ weight.T)
 
     def seen(self, layer: str) -> bool:
         """Whether any batch has reached the layer."""
@@ -150,7 +187,9 @@ class Recorder:
             ValueError: The layer's input holds NaN or infinite values.
         """
         measured: dict[str, Any] = {need: self._merged(layer, need).value for need in self._kinds}
-        statistics = Statistics(**measured)
+        if self._measures_output:
+            measured["output"] = self._outputs[layer].value
+        statistics = Statistics(layer=layer, **measured)
         moments = statistics.input
         if moments is not None and not moments.total_square.isfinite().all():
             channel = int((~moments.total_square.isfinite()).nonzero()[0])
@@ -168,6 +207,7 @@ class Recorder:
         """
         needed = {s for n, sources in self._sources.items() if n not in self._done for s in sources}
         self._metrics = {k: v for k, v in self._metrics.items() if k in needed}
+        self._outputs = {k: v for k, v in self._outputs.items() if k not in self._done}
         self._done.update(layers)
 
     def _merged(self, layer: str, need: Need) -> _Sums:

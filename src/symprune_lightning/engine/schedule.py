@@ -173,8 +173,7 @@ class SuspendedForward:
         batch = _current()
         if batch is not None and (batch.measuring or module in self.todo):
             x = args[0] if args else kwargs["input"]
-            name = self.layers[module].name
-            self.recorder.observe(name, x, batch.last_input, batch.valid)
+            self.recorder.observe(self.layers[module], x, batch.last_input, batch.valid)
 
     def _wait(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = _current()

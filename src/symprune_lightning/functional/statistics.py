@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-Need = Literal["input", "sequence_variance"]
+Need = Literal["input", "output", "sequence_variance", "gram"]
 """What a score or refiner may ask to be collected."""
 
 
@@ -81,33 +81,41 @@ class Statistics:
     """What was measured of one layer; a field is ``None`` when nothing asked for it.
 
     Attributes:
+        layer: The layer's name, from which methods that draw random numbers seed themselves.
         input: Moments of the layer's input, over ``in_features`` channels.
+        output: Moments of the dense layer's output ``x Wᵀ``, over ``out_features`` channels.
         sequence_variance: Token-weighted mean of each sequence's own population variance, shape
             ``(in_features,)``. Only DSnoT's reference mode uses it.
+        gram: ``G = E[x xᵀ]`` per token, ``(in_features, in_features)``, float64.
     """
 
+    layer: str = ""
     input: Moments | None = None
+    output: Moments | None = None
     sequence_variance: Tensor | None = None
+    gram: Tensor | None = None
 
     @property
     def input_moments(self) -> Moments:
-        """``input``, or an error that says what is missing.
+        """``input``, or a ``ValueError`` that says that it was not collected."""
+        return _collected(self.input, "input", "Moments.of(x)")
 
-        Raises:
-            ValueError: The input moments were not collected.
-        """
-        if self.input is None:
-            raise ValueError(
-                "this method needs the moments of the layer's input: "
-                "declare needs = frozenset({'input'}) or pass Statistics(input=Moments.of(x))"
-            )
-        return self.input
+    @property
+    def output_moments(self) -> Moments:
+        """``output``, or a ``ValueError`` that says that it was not collected."""
+        return _collected(self.output, "output", "Moments.of(x @ weight.T)")
+
+    @property
+    def gram_matrix(self) -> Tensor:
+        """``gram``, or a ``ValueError`` that says that it was not collected."""
+        return _collected(self.gram, "gram", "x.T @ x / len(x)")
 
     def squared_error(self, delta: Tensor) -> Tensor:
         """Expected squared change of each output when the weights change by ``delta``.
 
-        ``(delta_q · mean)² + delta_q² · var``: exact when channels are uncorrelated. The first
-        term is the mean error that DSnoT lowers, the second is what Wanda's score adds up.
+        Exactly ``delta_q G delta_qᵀ`` if the Gram matrix was collected. Else
+        ``(delta_q · mean)² + delta_q² · var``, which is exact when channels are uncorrelated: the
+        first term is the mean error that DSnoT lowers, the second what Wanda's score adds up.
 
         Args:
             delta: Change of the weight, ``(out_features, in_features)``.
@@ -115,9 +123,23 @@ class Statistics:
         Returns:
             Shape ``(out_features,)``, in squared units of the layer's output, per token.
         """
+        if self.gram is not None:
+            return ((delta @ self.gram.to(delta.dtype)) * delta).sum(1).clamp_min(0)
         moments = self.input_moments
         mean, variance = moments.mean.to(delta.dtype), moments.variance.to(delta.dtype)
         return (delta @ mean).square() + delta.square() @ variance
+
+
+T = TypeVar("T")
+
+
+def _collected(value: T | None, need: str, example: str) -> T:
+    if value is None:
+        raise ValueError(
+            f"this method needs the statistic {need!r}, which was not collected: declare "
+            f"needs = frozenset({{{need!r}}}), or pass Statistics({need}={example})"
+        )
+    return value
 
 
 def at_least_float32(x: Tensor) -> Tensor:
