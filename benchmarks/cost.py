@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from symprune_lightning import CalibrationDataModule, R2DSnoT, prune_model
+from symprune_lightning import CalibrationDataModule, ExactSwap, R2DSnoT, prune_model
 from symprune_lightning.pretrained import load_model
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -31,6 +31,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "RIA": {"score": "ria"},
     "RIA, schedule block": {"score": "ria", "schedule": "block"},
     "RIA + R²-DSnoT": {"score": "ria", "refine": R2DSnoT()},
+    "RIA + R²-DSnoT, guard gram": {"score": "ria", "refine": R2DSnoT(guard="gram")},
+    "RIA + ExactSwap": {"score": "ria", "refine": ExactSwap()},
 }
 
 

@@ -18,8 +18,20 @@ from symprune_lightning.engine.prune import (
     prune_model,
 )
 from symprune_lightning.functional.patterns import NM, Pattern, Unstructured
-from symprune_lightning.functional.refiners import DSnoT, MaskRefiner, R2DSnoT
-from symprune_lightning.functional.scores import RI, RIA, Magnitude, Score, Wanda
+from symprune_lightning.functional.refiners import DSnoT, ExactSwap, MaskRefiner, R2DSnoT
+from symprune_lightning.functional.scores import (
+    RI,
+    RIA,
+    Diagonal,
+    LpRIA,
+    Magnitude,
+    OutputWanda,
+    Score,
+    StochRIA,
+    Symmetric,
+    SymWanda,
+    Wanda,
+)
 from symprune_lightning.functional.statistics import Moments, Statistics
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
@@ -31,10 +43,14 @@ __all__ = [
     "CalibrationDataModule",
     "CausalLMModule",
     "DSnoT",
+    "Diagonal",
+    "ExactSwap",
     "LayerReport",
+    "LpRIA",
     "Magnitude",
     "MaskRefiner",
     "Moments",
+    "OutputWanda",
     "Pattern",
     "PruneResult",
     "PruningCallback",
@@ -43,7 +59,10 @@ __all__ = [
     "R2DSnoT",
     "Score",
     "Statistics",
+    "StochRIA",
     "SymPrune",
+    "SymWanda",
+    "Symmetric",
     "TextSource",
     "Trainer",
     "Unstructured",

@@ -16,7 +16,14 @@ from torch import nn
 
 from symprune_lightning.display import layer_bar, summary
 from symprune_lightning.engine.layers import LM_HEAD
-from symprune_lightning.engine.prune import Progress, PruneResult, call_model, prune_model
+from symprune_lightning.engine.prune import (
+    Progress,
+    PruneResult,
+    Refine,
+    call_model,
+    prune_model,
+    refiners_of,
+)
 from symprune_lightning.engine.schedule import Forward, Schedule, check_schedule
 from symprune_lightning.functional.naming import by_name
 from symprune_lightning.functional.patterns import Group, Pattern, pattern_of
@@ -170,8 +177,8 @@ class SymPrune(PruningCallback):
         pattern: ``"2:4"`` or a ``Pattern``, in place of ``sparsity`` and ``group``.
         group: Which weights compete: of one ``"output"`` channel, of one ``"input"`` channel, or
             of the whole ``"layer"``.
-        refine: A ``MaskRefiner``, its name (``"dsnot"``, ``"r2dsnot"``), or one for some layers
-            only: ``{"re:.*self_attn.*": "dsnot"}``.
+        refine: A ``MaskRefiner``, its name (``"dsnot"``, ``"r2dsnot"``, ``"exactswap"``), several
+            in a list, or for some layers only: ``{"re:.*self_attn.*": "dsnot"}``.
         schedule: ``"layer"`` (one forward), ``"block"`` (two, as the reference implementations do)
             or ``"dense"``.
         ignore: Layers to leave dense: names, or regular expressions behind ``re:``.
@@ -194,7 +201,11 @@ class SymPrune(PruningCallback):
         sparsity: float = 0.5,
         pattern: Pattern | str | None = None,
         group: Group = "output",
-        refine: MaskRefiner | str | dict[str, MaskRefiner | str] | None = None,
+        refine: MaskRefiner
+        | str
+        | list[MaskRefiner | str]
+        | dict[str, MaskRefiner | str | list[MaskRefiner | str]]
+        | None = None,
         schedule: Schedule = "layer",
         ignore: list[str] | None = None,
         when: When = "validate",
@@ -205,7 +216,9 @@ class SymPrune(PruningCallback):
         super().__init__(when=when, calibration=calibration, baseline=baseline)
         self.score = by_name(Score, score)  # type: ignore[type-abstract]
         self.pattern = pattern_of(pattern, sparsity=sparsity, group=group)
-        self.refine = by_name(MaskRefiner, refine) if isinstance(refine, str) else refine  # type: ignore[type-abstract]
+        self.refine: Refine = (
+            refine if refine is None or isinstance(refine, dict) else refiners_of(refine)
+        )
         self.schedule = schedule
         self.ignore = list(LM_HEAD) if ignore is None else ignore
 
@@ -269,4 +282,6 @@ def _plain(value: Any) -> Any:
         return {"name": type(value).__name__, **asdict(value)}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return value

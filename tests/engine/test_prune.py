@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from symprune_lightning.engine.prune import PruningError, prune_model
-from symprune_lightning.functional.refiners import DSnoT, R2DSnoT
+from symprune_lightning.functional.refiners import DSnoT, ExactSwap, R2DSnoT
 from symprune_lightning.functional.scores import RIA
 from tests.models import LANGUAGE, batches, build, mlp
 
@@ -35,6 +35,7 @@ GOLDEN_RUNS = {
         "score": "wanda",
         "refine": {"re:.*self_attn.*": golden_dsnot()},
     },
+    "dsnot-wanda-2of4": {"score": "wanda", "pattern": "2:4", "refine": golden_dsnot()},
     "dsnot-wanda-60-same-sign": {
         "score": "wanda",
         "sparsity": 0.6,
@@ -82,7 +83,21 @@ def test_architectures_get_exactly_the_sparsity_asked_for(name, schedule):
 
 
 @pytest.mark.parametrize("group", ["output", "input", "layer"])
-@pytest.mark.parametrize("score", ["magnitude", "wanda", "ri", "ria"])
+@pytest.mark.parametrize(
+    "score",
+    [
+        "magnitude",
+        "wanda",
+        "ri",
+        "ria",
+        "lpria",
+        "stochria",
+        "outputwanda",
+        "symwanda",
+        "symmetric",
+        "diagonal",
+    ],
+)
 def test_scores_and_groups_compose(score, group):
     model = mlp()
     result = prune_model(model, [torch.randn(9, 16)], score=score, group=group, sparsity=0.25)
@@ -243,10 +258,25 @@ def test_pattern_that_does_not_divide_names_the_layer():
     assert (model[0].weight != 0).all()
 
 
-@pytest.mark.parametrize("options", [{"group": "input"}, {"pattern": "2:4"}])
-def test_refiner_that_would_break_the_budget(options):
+def test_refiner_that_would_break_the_budget():
     with pytest.raises(ValueError, match="refiners swap weights inside rows, which breaks"):
-        prune_model(mlp(), [torch.randn(4, 16)], refine="dsnot", **options)
+        prune_model(mlp(), [torch.randn(4, 16)], refine="dsnot", group="input")
+
+
+def test_refiners_chain():
+    data = [torch.randn(40, 16)]
+    chained = prune_model(mlp(), data, refine=["dsnot", ExactSwap()])
+    exact = prune_model(mlp(), data, refine="exactswap")
+    assert chained.layers[0].error_refined < chained.layers[0].error
+    assert not torch.equal(chained.masks["0"], exact.masks["0"])
+
+
+@pytest.mark.parametrize("refine", ["dsnot", "r2dsnot", "exactswap", R2DSnoT(guard="gram")])
+def test_refiners_keep_the_groups_of_a_pattern(refine):
+    result = prune_model(mlp(), [torch.randn(40, 16) + 1], refine=refine, pattern="2:4")
+    assert result.layers[0].swaps > 0
+    for mask in result.masks.values():
+        assert (mask.reshape(-1, 4).sum(1) == 2).all()
 
 
 @pytest.mark.parametrize(

@@ -96,3 +96,11 @@ def test_pattern_stands_in_place_of_sparsity_and_group():
     assert pattern_of("2:4", sparsity=0.9, group="layer") == NM(2, 4)
     assert pattern_of(NM(1, 4)) == NM(1, 4)
     assert pattern_of(None, sparsity=0.3, group="input") == Unstructured(0.3, "input")
+
+
+def test_spans_of_swaps():
+    assert Unstructured(0.5).span() is None
+    assert Unstructured(0.5, "layer").span() is None
+    assert NM(2, 4).span() == 4
+    with pytest.raises(ValueError, match="breaks the budget of group 'input'"):
+        Unstructured(0.5, "input").span()

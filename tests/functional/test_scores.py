@@ -18,8 +18,8 @@ from symprune_lightning.functional.scores import (
     OutputWanda,
     Score,
     StochRIA,
-    SymWanda,
     Symmetric,
+    SymWanda,
     Wanda,
 )
 from symprune_lightning.functional.statistics import Moments, Statistics

@@ -77,8 +77,11 @@ class PruneResult:
         return zeros / sum(mask.numel() for mask in self.masks.values())
 
 
-Refine = MaskRefiner | str | Mapping[str, MaskRefiner | str] | None
-"""A refiner or its name, for all layers or by layer name."""
+Refiners = MaskRefiner | str | Sequence[MaskRefiner | str]
+"""A refiner or its name, or several to be applied in turn."""
+
+Refine = Refiners | Mapping[str, Refiners] | None
+"""Refiners for all layers, or by layer name."""
 
 Progress = Callable[[LayerReport, int, int], None]
 """Called after each layer with its report, how many layers are done, and how many there are."""
@@ -112,8 +115,8 @@ def prune_model(
         pattern: ``"2:4"`` or a ``Pattern``, in place of ``sparsity`` and ``group``.
         group: Which weights compete: of one ``"output"`` channel, of one ``"input"`` channel, or
             of the whole ``"layer"``.
-        refine: Improves each mask before it is applied: a ``MaskRefiner``, its name, or one for
-            some layers only, such as ``{"re:.*self_attn.*": "dsnot"}``.
+        refine: Improves each mask before it is applied: a ``MaskRefiner``, its name, several in a
+            list, or for some layers only, such as ``{"re:.*self_attn.*": "dsnot"}``.
         schedule: When a layer is pruned, see [`Schedule`]
             [symprune_lightning.engine.schedule.Schedule].
         ignore: Layers to leave dense: names, or regular expressions behind ``re:``.
@@ -175,13 +178,10 @@ class _Run:
             with _naming(layer):
                 pattern.check(layer.shape)
         self.refiners = _refiners(refine, layers)
-        if self.refiners and not pattern.swaps_within_rows:
-            raise ValueError(
-                f"refiners swap weights inside rows, which breaks the budget of {pattern}; use "
-                f"group 'output' or 'layer', or refine=None"
-            )
-        needs = score.needs.union(*(refiner.needs for refiner in self.refiners.values()))
-        self.recorder = Recorder(needs) if needs else None
+        self.span = pattern.span() if self.refiners else None
+        needs = score.needs.union(*(r.needs for chain in self.refiners.values() for r in chain))
+        # moments cost next to nothing, and tell activations that are not finite
+        self.recorder = Recorder(needs | {"input"}) if needs else None
 
     def calibrate(
         self,
@@ -230,8 +230,9 @@ class _Run:
         if not score.isfinite().all():
             raise ValueError("some weights or scores are NaN or infinite")
         first = self.pattern.mask(score.masked_fill_(zero, -torch.inf)) & ~zero
-        refiner = self.refiners.get(layer.name)
-        mask = first if refiner is None else refiner(weight, first, statistics)
+        mask = first
+        for refiner in self.refiners.get(layer.name, ()):
+            mask = refiner(weight, mask, statistics, self.span)
         report = LayerReport(
             name=layer.name,
             shape=(weight.shape[0], weight.shape[1]),
@@ -263,15 +264,22 @@ class _Run:
             ) from error
 
 
-def _refiners(refine: Refine, layers: Sequence[Layer]) -> dict[str, MaskRefiner]:
-    """Layer name to refiner."""
+def _refiners(refine: Refine, layers: Sequence[Layer]) -> dict[str, list[MaskRefiner]]:
+    """Layer name to the refiners that its mask goes through."""
     if refine is None:
         return {}
     settings = refine if isinstance(refine, Mapping) else {"re:.*": refine}
-    return {
-        name: by_name(MaskRefiner, refiner)  # type: ignore[type-abstract]
-        for name, refiner in by_layer(settings, layers).items()
-    }
+    return {name: refiners_of(chain) for name, chain in by_layer(settings, layers).items()}
+
+
+def refiners_of(refiners: Refiners) -> list[MaskRefiner]:
+    """Refiners by name or as they are.
+
+    Raises:
+        ValueError: No refiner has the name.
+    """
+    listed = [refiners] if isinstance(refiners, MaskRefiner | str) else refiners
+    return [by_name(MaskRefiner, refiner) for refiner in listed]  # type: ignore[type-abstract]
 
 
 def call_model(model: nn.Module, batch: Any) -> object:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from symprune_lightning.engine.layers import Layer
-
 from symprune_lightning.functional.statistics import (
     Moments,
     Need,

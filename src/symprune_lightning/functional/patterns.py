@@ -38,10 +38,15 @@ class Pattern(ABC):
     def pruned(self, group_size: int) -> int:
         """How many weights of a group are pruned."""
 
-    @property
     @abstractmethod
-    def swaps_within_rows(self) -> bool:
-        """Whether a swap of two weights of one row keeps every group's budget."""
+    def span(self) -> int | None:
+        """How many consecutive inputs a swap must stay within to keep every group's budget.
+
+        ``None`` is the whole row.
+
+        Raises:
+            ValueError: No swap inside a row keeps it.
+        """
 
     def mask(self, score: Tensor) -> Tensor:
         """Keep the weights with the highest scores in each group.
@@ -115,10 +120,14 @@ class Unstructured(Pattern):
         # the guard is for products such as 100 · 0.29 = 28.999999999999996
         return math.floor(group_size * self.sparsity + 1e-9)
 
-    @property
-    def swaps_within_rows(self) -> bool:
+    def span(self) -> int | None:
         """See `Pattern`."""
-        return self.group != "input"
+        if self.group == "input":
+            raise ValueError(
+                "refiners swap weights inside rows, which breaks the budget of group 'input'; use "
+                "group 'output' or 'layer', or refine=None"
+            )
+        return None
 
 
 @dataclass(frozen=True)
@@ -164,10 +173,9 @@ class NM(Pattern):
         """See `Pattern`."""
         return self.m - self.n
 
-    @property
-    def swaps_within_rows(self) -> bool:
+    def span(self) -> int | None:
         """See `Pattern`."""
-        return False
+        return self.m
 
 
 def pattern_of(

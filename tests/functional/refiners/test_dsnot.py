@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from symprune_lightning.functional.patterns import Unstructured
+from symprune_lightning.functional.patterns import NM, Unstructured
 from symprune_lightning.functional.refiners import DSnoT, MaskRefiner, R2DSnoT
 from symprune_lightning.functional.scores import RIA, Wanda
-from symprune_lightning.functional.statistics import Moments, Statistics
+from tests.functional.refiners.examples import example
 
 REFINERS = [
     DSnoT(),
@@ -17,25 +17,9 @@ REFINERS = [
     R2DSnoT(),
     R2DSnoT(grow_relative=True, prune_relative=False, gamma1=0.1, p=1.0),
     R2DSnoT(guard="mean", threshold=0.0),
+    R2DSnoT(guard="gram", grow_relative=True),
     R2DSnoT(cycles=0),
 ]
-
-
-def example(rows=6, columns=20, sparsity=0.5, seed=0, dtype=torch.float32, odd=True):
-    """Weights, a Wanda mask and statistics; ``odd``: with a dead, a constant and a huge channel."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator, dtype=dtype)
-    x = torch.randn(3, 30, columns, generator=generator) + torch.randn(columns, generator=generator)
-    if odd:
-        x[..., 0] = 0
-    if odd and columns > 2:
-        x[..., 1] = 2.5
-        x[..., 2] *= 1e4
-    statistics = Statistics(
-        input=Moments.of(x), sequence_variance=x.double().var(1, correction=0).mean(0)
-    )
-    mask = Unstructured(sparsity).mask(Wanda()(weight, statistics))
-    return weight, mask, statistics
 
 
 def mean_error(weight, mask, statistics):
@@ -57,6 +41,38 @@ def test_every_row_keeps_its_count(refiner, rows, columns, sparsity, dtype, seed
     assert refined.dtype == torch.bool
     assert torch.equal(refined.sum(1), mask.sum(1))
     assert torch.equal(mask, before), "the mask that came in is not written to"
+
+
+@pytest.mark.parametrize("refiner", REFINERS)
+@given(
+    rows=st.integers(1, 6),
+    groups=st.integers(1, 6),
+    nm=st.sampled_from([(2, 4), (1, 4), (4, 8), (1, 2), (3, 5)]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 999),
+)
+def test_every_group_keeps_its_count(refiner, rows, groups, nm, dtype, seed):
+    n, m = nm
+    weight, mask, statistics = example(rows, groups * m, seed=seed, dtype=dtype, pattern=NM(n, m))
+    refined = refiner(weight, mask, statistics, m)
+    assert (refined.reshape(-1, m).sum(1) == n).all()
+
+
+def test_refiners_of_groups_do_something():
+    weight, mask, statistics = example(32, 64, odd=False, pattern=NM(2, 4))
+    for refiner in (DSnoT(), DSnoT(reference=True), R2DSnoT(), R2DSnoT(guard="gram")):
+        assert (refiner(weight, mask, statistics, 4) != mask).any(), refiner
+
+
+@given(seed=st.integers(0, 999), span=st.sampled_from([None, 4, 10]), relative=st.booleans())
+def test_gram_guard_never_raises_the_exact_error_of_any_row(seed, span, relative):
+    pattern = None if span is None else NM(span // 2, span)
+    weight, mask, statistics = example(8, 20, seed=seed, dtype=torch.float64, pattern=pattern)
+    refiner = R2DSnoT(guard="gram", threshold=0.0, prune_relative=relative)
+    refined = refiner(weight, mask, statistics, span)
+    before = statistics.squared_error(weight.masked_fill(mask, 0))
+    after = statistics.squared_error(weight.masked_fill(refined, 0))
+    assert (after <= before * (1 + 1e-9)).all()
 
 
 @given(seed=st.integers(0, 999))
@@ -148,7 +164,7 @@ def test_pruning_rule_of_r2dsnot_is_ria():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"guard": "exact"}, "choose None or 'mean'"), ({"gamma2": -1.0}, "at least 0")],
+    [({"guard": "exact"}, "choose None, 'mean' or 'gram'"), ({"gamma2": -1.0}, "at least 0")],
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,8 +1,4 @@
-"""Refiners: better masks at the same budget, without training.
-
-A refiner swaps weights inside rows: one that was pruned is grown, one that was kept is pruned. The
-number of kept weights of every row is the same before and after, whatever the weights and the
-statistics. It looks at dense weights, so it runs before a mask is applied.
+"""Swaps that lower the mean error: DSnoT and R²-DSnoT.
 
 With ``C = W · mean`` (what each weight adds to the mean output), a row's mean error is
 ``e_q = Σ_{pruned r} C[q,r] = E[dense − sparse output]``.
@@ -10,38 +6,27 @@ With ``C = W · mean`` (what each weight adds to the mean output), a row's mean 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from symprune_lightning.functional.refiners.base import MaskRefiner
+from symprune_lightning.functional.refiners.swaps import (
+    ExactError,
+    group_pairs,
+    row_pairs,
+    swap_mean_error,
+)
 from symprune_lightning.functional.scores import relative_importance
 from symprune_lightning.functional.statistics import Need, Statistics
 
 THRESHOLD = 5e-5
 """Mean error per token under which a row is left alone: DSnoT's 0.1 over sequences of 2048."""
 
-
-class MaskRefiner(ABC):
-    """Base class of all refiners."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"input"})
-    """The statistics that the engine has to collect for this refiner."""
-
-    @abstractmethod
-    def __call__(self, weight: Tensor, mask: Tensor, statistics: Statistics) -> Tensor:
-        """Improve a mask.
-
-        Args:
-            weight: Dense ``W``, shape ``(out_features, in_features)``, float32 or float64.
-            mask: Bool, same shape, True = kept. Not changed.
-            statistics: What was measured of the layer, with everything in ``needs``.
-
-        Returns:
-            A new mask with the same number of kept weights in every row.
-        """
+Guard = Literal["mean", "gram"]
+"""Which swaps to forbid: those that don't lower the mean error, or the exact error."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +68,61 @@ class DSnoT(MaskRefiner):
         """See `MaskRefiner`."""
         return frozenset({"input", "sequence_variance"} if self.reference else {"input"})
 
-    def __call__(self, weight: Tensor, mask: Tensor, statistics: Statistics) -> Tensor:
+    def __call__(
+        self, weight: Tensor, mask: Tensor, statistics: Statistics, span: int | None = None
+    ) -> Tensor:
         """See `MaskRefiner`."""
         moments = statistics.input_moments
         variance = statistics.sequence_variance if self.reference else moments.variance
         assert variance is not None, "declared in `needs`"
         grow_weights = _over_variance(moments.mean.abs(), variance, self.p_var)
-        return _swap(
+        contribution = weight * moments.mean.to(weight.dtype)
+        grow_key = weight.abs() * grow_weights.to(weight.dtype)
+        prune_key = weight.abs() * moments.norm.to(weight.dtype)
+        if self.reference and span is not None:
+            return self._reference_groups(mask, contribution, grow_key, prune_key, span)
+        keys = (grow_key, prune_key, mask, contribution, self.cycles)
+        return swap_mean_error(
             mask,
-            contribution=weight * moments.mean.to(weight.dtype),
-            grow_key=weight.abs() * grow_weights.to(weight.dtype),
-            prune_key=weight.abs() * moments.norm.to(weight.dtype),
+            row_pairs(*keys) if span is None else group_pairs(*keys, span),
+            contribution,
             cycles=self.cycles,
             threshold=self.threshold,
             same_sign=self.same_sign,
         )
+
+    def _reference_groups(
+        self, mask: Tensor, contribution: Tensor, grow_key: Tensor, prune_key: Tensor, span: int
+    ) -> Tensor:
+        """The reference code's rule for N:M.
+
+        The weight to prune is the one of lowest score in the grown one's group, whatever its sign;
+        none is pruned that was grown, and no swap may change the sign of the error.
+        """
+        mask = mask.clone()
+        rows = torch.arange(len(mask), device=mask.device)
+        error = contribution.masked_fill(mask, 0).sum(1)
+        sign = error.sign()
+        # pruned weights by what they mend; the others count as 0 and come after them
+        mending = (grow_key * contribution.sign() * sign[:, None]).masked_fill(mask, 0)
+        order = mending.sort(dim=1, descending=True, stable=True).indices
+        score = prune_key.masked_fill(~mask, torch.inf)
+        active = torch.ones_like(error, dtype=torch.bool)
+        for cycle in range(min(self.cycles, mask.shape[1])):
+            grown = order[:, cycle]
+            start = grown - grown % span
+            group = start[:, None] + torch.arange(span, device=mask.device)
+            cut = start + score.gather(1, group).argmin(1)
+            after = error + contribution[rows, cut] - contribution[rows, grown]
+            active &= (error.abs() > self.threshold) & (after.sign() == sign)
+            active &= (mending[rows, grown] > 0) & score[rows, cut].isfinite()
+            if not active.any():
+                break
+            mask[rows[active], grown[active]] = True
+            mask[rows[active], cut[active]] = False
+            score[rows[active], cut[active]] = torch.inf
+            error = torch.where(active, after, error)
+        return mask
 
 
 @dataclass(frozen=True)
@@ -128,8 +153,9 @@ class R2DSnoT(MaskRefiner):
         prune_relative: Prune by relative importance. The paper finds that either switch helps and
             both together hurt; this one on makes the rule agree with RIA.
         same_sign: Stop a row before its error changes sign.
-        guard: ``None`` accepts every swap, as published; ``"mean"`` only a swap that lowers
-            ``|e_q|``.
+        guard: ``None`` accepts every swap, as published; ``"mean"`` only one that lowers
+            ``|e_q|``; ``"gram"`` only one that lowers the exact error ``r G rᵀ``, so that the
+            layer's calibrated error can only fall (needs the Gram matrix).
 
     Raises:
         ValueError: A penalty is negative or the guard unknown.
@@ -153,16 +179,41 @@ class R2DSnoT(MaskRefiner):
     grow_relative: bool = False
     prune_relative: bool = True
     same_sign: bool = False
-    guard: Literal["mean"] | None = None
+    guard: Guard | None = None
 
     def __post_init__(self) -> None:
         if self.gamma1 < 0 or self.gamma2 < 0:
             raise ValueError(f"gamma1={self.gamma1}, gamma2={self.gamma2}: a penalty is at least 0")
-        if self.guard not in (None, "mean"):
-            raise ValueError(f"guard is {self.guard!r}; choose None or 'mean'")
+        if self.guard not in (None, *get_args(Guard)):
+            raise ValueError(f"guard is {self.guard!r}; choose None, 'mean' or 'gram'")
 
-    def __call__(self, weight: Tensor, mask: Tensor, statistics: Statistics) -> Tensor:
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
         """See `MaskRefiner`."""
+        return frozenset({"input", "gram"} if self.guard == "gram" else {"input"})
+
+    def __call__(
+        self, weight: Tensor, mask: Tensor, statistics: Statistics, span: int | None = None
+    ) -> Tensor:
+        """See `MaskRefiner`."""
+        contribution = weight * statistics.input_moments.mean.to(weight.dtype)
+        keys = (*self._keys(weight, statistics), mask, contribution, self.cycles)
+        exact = None
+        if self.guard == "gram":
+            exact = ExactError(weight, mask, statistics.gram_matrix)
+        return swap_mean_error(
+            mask,
+            row_pairs(*keys) if span is None else group_pairs(*keys, span),
+            contribution,
+            cycles=self.cycles,
+            threshold=self.threshold,
+            same_sign=self.same_sign,
+            lower_mean=self.guard == "mean",
+            exact=exact,
+        )
+
+    def _keys(self, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """What the growing rule maximises and what the pruning rule minimises."""
         moments, dtype = statistics.input_moments, weight.dtype
         magnitude = weight.abs()
         relative = relative_importance(weight)
@@ -171,78 +222,11 @@ class R2DSnoT(MaskRefiner):
         growing = relative if self.grow_relative else magnitude
         pruning = relative if self.prune_relative else magnitude
         grow_weights = _over_variance(moments.mean.abs(), moments.variance, self.p_var)
-        return _swap(
-            mask,
-            contribution=weight * moments.mean.to(dtype),
-            grow_key=growing * grow_weights.to(dtype) + self.gamma1 * penalty,
-            prune_key=pruning * moments.norm.to(dtype).pow(self.alpha) + self.gamma2 * penalty,
-            cycles=self.cycles,
-            threshold=self.threshold,
-            same_sign=self.same_sign,
-            lower_mean=self.guard == "mean",
-        )
+        grow_key = growing * grow_weights.to(dtype) + self.gamma1 * penalty
+        prune_key = pruning * moments.norm.to(dtype).pow(self.alpha) + self.gamma2 * penalty
+        return grow_key, prune_key
 
 
 def _over_variance(x: Tensor, variance: Tensor, power: float) -> Tensor:
     """``x / variance^power`` with constant channels first in line and no NaN."""
     return x / variance.pow(power).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _swap(
-    mask: Tensor,
-    *,
-    contribution: Tensor,
-    grow_key: Tensor,
-    prune_key: Tensor,
-    cycles: int,
-    threshold: float,
-    same_sign: bool,
-    lower_mean: bool = False,
-) -> Tensor:
-    """The swap loop of DSnoT, for all rows at once.
-
-    Candidates are fixed at the start and taken in order. They fall into two sides, by the sign of
-    the error that they mend: side 0 (``e > 0``) grows weights with ``C > 0`` and prunes those with
-    ``C < 0``, side 1 the other way. The sides share no weight, so none is ever swapped twice.
-    """
-    positive, negative = contribution > 0, contribution < 0
-    pruned = ~mask
-    most = min(cycles, mask.shape[1])
-    grow = [_first(grow_key.neg(), pruned & side, most) for side in (positive, negative)]
-    prune = [_first(prune_key, mask & side, most) for side in (negative, positive)]
-    grow_index, grow_count = (torch.stack(x, 1) for x in zip(*grow, strict=True))
-    prune_index, prune_count = (torch.stack(x, 1) for x in zip(*prune, strict=True))
-
-    mask = mask.clone()
-    rows = torch.arange(len(mask), device=mask.device)
-    error = (contribution * pruned).sum(1)
-    sign = error.sign()
-    taken = torch.zeros_like(grow_count)  # candidates taken so far on each side
-    active = torch.ones_like(error, dtype=torch.bool)
-    for _ in range(cycles):
-        side = (error < 0).long()
-        turn = taken[rows, side]
-        last = torch.minimum(grow_count[rows, side], prune_count[rows, side]) - 1
-        position = turn.clamp_max(most - 1)
-        grown, cut = grow_index[rows, side, position], prune_index[rows, side, position]
-        after = error + contribution[rows, cut] - contribution[rows, grown]
-        active &= (error.abs() > threshold) & (turn <= last)
-        if same_sign:
-            active &= after.sign() == sign
-        if lower_mean:
-            active &= after.abs() < error.abs()
-        if not active.any():
-            break
-        mask[rows[active], grown[active]] = True
-        mask[rows[active], cut[active]] = False
-        error = torch.where(active, after, error)
-        taken[rows, side] += 1
-    return mask
-
-
-def _first(key: Tensor, eligible: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Indices of each row's ``most`` smallest eligible keys in order, and how many there are."""
-    # an eligible key may be infinite itself (a constant channel): it stays ahead of the ineligible
-    limits = torch.finfo(key.dtype)
-    key = torch.where(eligible, key.clamp(limits.min, limits.max), torch.inf)
-    return key.topk(most, dim=1, largest=False).indices, eligible.sum(1).clamp_max(most)

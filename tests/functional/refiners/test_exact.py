@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from symprune_lightning.functional.patterns import NM
+from symprune_lightning.functional.refiners import ExactSwap, exact
+from tests.functional.refiners.examples import example
+
+SPANS = st.sampled_from([None, 2, 4, 5, 10])
+
+
+def patterned(span):
+    return None if span is None else NM(span // 2, span)
+
+
+def error(weight, mask, statistics):
+    return statistics.squared_error(weight.masked_fill(mask, 0))
+
+
+def best_pair(weight, mask, gram, span):
+    """The largest fall of one row's error by any pair, by trying all."""
+    columns = len(weight)
+
+    def cost(m):
+        removed = weight.masked_fill(m, 0)
+        return float(removed @ gram @ removed)
+
+    falls = [0.0]
+    for g in range(columns):
+        for p in range(columns):
+            if mask[p] and not mask[g] and (span is None or g // span == p // span):
+                swapped = mask.clone()
+                swapped[g], swapped[p] = True, False
+                falls.append(cost(mask) - cost(swapped))
+    return max(falls)
+
+
+@given(
+    rows=st.integers(1, 6),
+    groups=st.integers(1, 3),
+    span=SPANS,
+    sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 999),
+)
+def test_counts_are_kept_and_no_row_gets_worse(rows, groups, span, sparsity, dtype, seed):
+    columns = groups * (span or 7)
+    pattern = patterned(span)
+    weight, mask, statistics = example(rows, columns, sparsity, seed, dtype, pattern=pattern)
+    before = mask.clone()
+    refined = ExactSwap()(weight, mask, statistics, span)
+    assert torch.equal(mask, before)
+    size = span or columns
+    assert torch.equal(refined.reshape(-1, size).sum(1), mask.reshape(-1, size).sum(1))
+    wide = weight.double()
+    slack = 1e-4 if dtype == torch.float32 else 1e-9
+    worst = error(wide, mask, statistics) * (1 + slack) + slack * wide.square().sum(1)
+    assert (error(wide, refined, statistics) <= worst).all()
+
+
+@given(seed=st.integers(0, 200), span=st.sampled_from([2, 4, 10]))
+def test_groups_end_where_no_pair_helps(seed, span):
+    weight, mask, statistics = example(
+        3, 20, seed=seed, dtype=torch.float64, odd=False, pattern=patterned(span)
+    )
+    refined = ExactSwap(cycles=200)(weight, mask, statistics, span)
+    for w, m, e in zip(weight, refined, error(weight, refined, statistics), strict=True):
+        assert best_pair(w, m, statistics.gram, span) <= 1e-5 * float(e) + 1e-12
+
+
+@given(seed=st.integers(0, 200), span=st.sampled_from([None, 4]))
+def test_first_swap_against_the_best_of_all_pairs(seed, span):
+    """In a group it is the best; in a row it is a good one, and found whenever there is any
+    that the best weight to grow on its own takes part in."""
+    weight, mask, statistics = example(
+        4, 20, seed=seed, dtype=torch.float64, odd=False, pattern=patterned(span)
+    )
+    refined = ExactSwap(cycles=1)(weight, mask, statistics, span)
+    fall = error(weight, mask, statistics) - error(weight, refined, statistics)
+    pairs = zip(weight, mask, strict=True)
+    best = torch.tensor(
+        [best_pair(w, m, statistics.gram, span) for w, m in pairs], dtype=torch.float64
+    )
+    if span is None:
+        assert (fall <= best + 1e-9).all()
+        assert fall.sum() >= 0.5 * best.sum()
+    else:
+        torch.testing.assert_close(fall, best, rtol=1e-5, atol=1e-5)
+
+
+def test_error_falls_far():
+    generator = torch.Generator().manual_seed(0)
+    weight, mask, statistics = example(32, 64, odd=False)
+    x = torch.randn(500, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    from dataclasses import replace
+
+    statistics = replace(statistics, gram=(x.T @ x / 500).double())
+    refined = ExactSwap()(weight, mask, statistics)
+    after, before = (error(weight, m, statistics).sum() for m in (refined, mask))
+    assert after < 0.7 * before
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    weight, mask, statistics = example(50, 40)
+    masks = []
+    for chunk in (2**17, 200, 1):
+        monkeypatch.setattr(exact, "CHUNK", chunk)
+        masks.append(ExactSwap()(weight, mask, statistics))
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
+
+
+def test_zero_weights_are_never_grown():
+    weight, _, statistics = example(odd=False)
+    weight[:, ::3] = 0
+    mask = (torch.rand(weight.shape) > 0.5) & (weight != 0)
+    refined = ExactSwap()(weight, mask, statistics)
+    assert not (refined & (weight == 0)).any()
+
+
+def test_needs_the_gram_matrix():
+    weight, mask, _ = example()
+    from symprune_lightning.functional.statistics import Statistics
+
+    with pytest.raises(ValueError, match="needs the statistic 'gram'"):
+        ExactSwap()(weight, mask, Statistics())
