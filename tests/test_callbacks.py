@@ -244,9 +244,11 @@ def test_wrong_arguments_are_said_at_once(options, message):
 def test_settings_are_plain():
     prune = SymPrune(RIA(alpha=1.0), refine={"re:.*": DSnoT(cycles=3)}, sparsity=0.25)
     assert prune.settings["score"] == {"name": "RIA", "alpha": 1.0}
-    assert prune.settings["pattern"] == {
-        "name": "Unstructured",
-        "sparsity": 0.25,
-        "group": "output",
-    }
+    assert (prune.settings["sparsity"], prune.settings["group"]) == (0.25, "output")
+    assert "pattern" not in prune.settings
     assert prune.settings["refine"]["re:.*"]["cycles"] == 3
+    other = SymPrune(pattern="2:4", refine="exactswap", update="obsupdate").settings
+    assert other["pattern"] == {"name": "NM", "n": 2, "m": 4}
+    assert other["refine"] == [{"name": "ExactSwap", "cycles": 50}]
+    assert other["update"]["name"] == "OBSUpdate"
+    assert "sparsity" not in other

@@ -72,7 +72,7 @@ def test_methods_by_short_name_and_override(model, monkeypatch):
     symprune(monkeypatch, "prune", "--config", recipe, *small(model), *override)
     manifest = json.loads((output / "sparsity_manifest.json").read_text())
     assert manifest["sparsity"] == 0.25
-    assert manifest["settings"]["refine"]["name"] == "R2DSnoT"
+    assert manifest["settings"]["refine"][0]["name"] == "R2DSnoT"
 
 
 def test_score_by_string(model, monkeypatch):

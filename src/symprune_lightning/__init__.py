@@ -10,13 +10,9 @@ Example:
 
 from symprune_lightning.callbacks import PruningCallback, SymPrune
 from symprune_lightning.datamodule import CalibrationDataModule, TextSource
-from symprune_lightning.engine.prune import (
-    LayerReport,
-    PruneResult,
-    PruningError,
-    PruningWarning,
-    prune_model,
-)
+from symprune_lightning.engine.method import PruningWarning
+from symprune_lightning.engine.prune import LayerReport, PruneResult, PruningError, prune_model
+from symprune_lightning.functional.allocation import OWL, Allocation, Progression, Uniform
 from symprune_lightning.functional.patterns import NM, Pattern, Unstructured
 from symprune_lightning.functional.refiners import DSnoT, ExactSwap, MaskRefiner, R2DSnoT
 from symprune_lightning.functional.scores import (
@@ -33,13 +29,16 @@ from symprune_lightning.functional.scores import (
     Wanda,
 )
 from symprune_lightning.functional.statistics import Moments, Statistics
+from symprune_lightning.functional.update import OBSUpdate, SparseGPT, WeightUpdate
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
 
 __all__ = [
     "NM",
+    "OWL",
     "RI",
     "RIA",
+    "Allocation",
     "CalibrationDataModule",
     "CausalLMModule",
     "DSnoT",
@@ -50,14 +49,17 @@ __all__ = [
     "Magnitude",
     "MaskRefiner",
     "Moments",
+    "OBSUpdate",
     "OutputWanda",
     "Pattern",
+    "Progression",
     "PruneResult",
     "PruningCallback",
     "PruningError",
     "PruningWarning",
     "R2DSnoT",
     "Score",
+    "SparseGPT",
     "Statistics",
     "StochRIA",
     "SymPrune",
@@ -65,7 +67,9 @@ __all__ = [
     "Symmetric",
     "TextSource",
     "Trainer",
+    "Uniform",
     "Unstructured",
     "Wanda",
+    "WeightUpdate",
     "prune_model",
 ]

@@ -16,19 +16,15 @@ from torch import nn
 
 from symprune_lightning.display import layer_bar, summary
 from symprune_lightning.engine.layers import LM_HEAD
-from symprune_lightning.engine.prune import (
-    Progress,
-    PruneResult,
-    Refine,
-    call_model,
-    prune_model,
-    refiners_of,
-)
+from symprune_lightning.engine.method import Refine, refiners_of
+from symprune_lightning.engine.prune import Progress, PruneResult, call_model, prune_model
 from symprune_lightning.engine.schedule import Forward, Schedule, check_schedule
+from symprune_lightning.functional.allocation import Allocation
 from symprune_lightning.functional.naming import by_name
 from symprune_lightning.functional.patterns import Group, Pattern, pattern_of
 from symprune_lightning.functional.refiners import MaskRefiner
 from symprune_lightning.functional.scores import Score
+from symprune_lightning.functional.update import WeightUpdate
 
 When = Literal["validate", "test", "fit_start", "fit_end"]
 """When a callback prunes: before ``validate`` or ``test`` evaluates, before or after ``fit``."""
@@ -171,17 +167,22 @@ class SymPrune(PruningCallback):
     """Prunes by a score, a pattern and a refiner, in one pass over the calibration data.
 
     Args:
-        score: Importance of each weight: a ``Score``, or its name (``"magnitude"``, ``"wanda"``,
-            ``"ri"``, ``"ria"``).
-        sparsity: Fraction of zeros in each group, in ``[0, 1)``.
+        score: Importance of each weight: a ``Score``, or its name such as ``"wanda"``.
+        sparsity: Fraction of zeros in each group, in ``[0, 1)``; or by layer name:
+            ``{"re:.*down_proj": 0.4, "re:.*": 0.5}``.
         pattern: ``"2:4"`` or a ``Pattern``, in place of ``sparsity`` and ``group``.
-        group: Which weights compete: of one ``"output"`` channel, of one ``"input"`` channel, or
-            of the whole ``"layer"``.
+        group: Which weights compete: of one ``"output"`` channel, one ``"input"`` channel, the
+            whole ``"layer"``, a decoder ``"block"``, or the ``"model"``.
         refine: A ``MaskRefiner``, its name (``"dsnot"``, ``"r2dsnot"``, ``"exactswap"``), several
             in a list, or for some layers only: ``{"re:.*self_attn.*": "dsnot"}``.
+        update: A ``WeightUpdate`` or its name (``"obsupdate"``, ``"sparsegpt"``): changes the kept
+            weights to make up for the pruned ones.
+        allocation: An ``Allocation`` or its name (``"progression"``, ``"owl"``): divides the
+            sparsity among layers.
         schedule: ``"layer"`` (one forward), ``"block"`` (two, as the reference implementations do)
             or ``"dense"``.
         ignore: Layers to leave dense: names, or regular expressions behind ``re:``.
+        only: Layers to prune, in the same way; ``None`` for all.
         when: See [`PruningCallback`][symprune_lightning.callbacks.PruningCallback].
         calibration: See `PruningCallback`.
         baseline: See `PruningCallback`.
@@ -198,7 +199,7 @@ class SymPrune(PruningCallback):
         self,
         score: Score | str = "ria",
         *,
-        sparsity: float = 0.5,
+        sparsity: float | dict[str, float] = 0.5,
         pattern: Pattern | str | None = None,
         group: Group = "output",
         refine: MaskRefiner
@@ -206,27 +207,38 @@ class SymPrune(PruningCallback):
         | list[MaskRefiner | str]
         | dict[str, MaskRefiner | str | list[MaskRefiner | str]]
         | None = None,
+        update: WeightUpdate | str | None = None,
+        allocation: Allocation | str | None = None,
         schedule: Schedule = "layer",
         ignore: list[str] | None = None,
+        only: list[str] | None = None,
         when: When = "validate",
         calibration: Iterable[Any] | None = None,
         baseline: bool = True,
     ) -> None:
-        check_schedule(schedule)
         super().__init__(when=when, calibration=calibration, baseline=baseline)
+        check_schedule(schedule)
+        for level in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
+            pattern_of(pattern, sparsity=level, group=group)  # says at once what is wrong
         self.score = by_name(Score, score)  # type: ignore[type-abstract]
-        self.pattern = pattern_of(pattern, sparsity=sparsity, group=group)
+        self.sparsity = sparsity
+        self.pattern = None if pattern is None else pattern_of(pattern)
+        self.group = group
         self.refine: Refine = (
             refine if refine is None or isinstance(refine, dict) else refiners_of(refine)
         )
+        self.update = None if update is None else by_name(WeightUpdate, update)  # type: ignore[type-abstract]
+        self.allocation = None if allocation is None else by_name(Allocation, allocation)  # type: ignore[type-abstract]
         self.schedule = schedule
         self.ignore = list(LM_HEAD) if ignore is None else ignore
+        self.only = only
 
     @property
     def settings(self) -> dict[str, Any]:
         """The method in plain values, as the manifest records it."""
-        fields = ("score", "pattern", "refine", "schedule", "ignore", "when")
-        return {name: _plain(getattr(self, name)) for name in fields}
+        budget = ("sparsity", "group") if self.pattern is None else ("pattern",)
+        rest = ("refine", "update", "allocation", "schedule", "ignore", "only", "when")
+        return {name: _plain(getattr(self, name)) for name in ("score", *budget, *rest)}
 
     def prune(
         self, model: nn.Module, batches: Iterable[Any], forward: Forward | None, progress: Progress
@@ -236,10 +248,15 @@ class SymPrune(PruningCallback):
             model,
             batches,
             score=self.score,
+            sparsity=self.sparsity,
             pattern=self.pattern,
+            group=self.group,
             refine=self.refine,
+            update=self.update,
+            allocation=self.allocation,
             schedule=self.schedule,
             ignore=self.ignore,
+            only=self.only,
             forward=forward,
             progress=progress,
         )

@@ -92,7 +92,6 @@ def test_architectures_get_exactly_the_sparsity_asked_for(name, schedule):
         "ria",
         "lpria",
         "stochria",
-        "outputwanda",
         "symwanda",
         "symmetric",
         "diagonal",

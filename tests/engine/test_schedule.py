@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from symprune_lightning.engine.prune import PruningError, PruningWarning, prune_model
+from symprune_lightning.engine.method import PruningWarning
+from symprune_lightning.engine.prune import PruningError, prune_model
 from symprune_lightning.engine.schedule import SuspendedForward
 from tests.models import batches, build, mlp
 

@@ -71,7 +71,7 @@ def test_sparsity_out_of_range(sparsity):
 
 
 def test_unknown_group():
-    with pytest.raises(ValueError, match="choose 'output', 'input' or 'layer'"):
+    with pytest.raises(ValueError, match="choose one of output, input, layer, block, model"):
         Unstructured(0.5, "row")  # type: ignore[arg-type]
 
 

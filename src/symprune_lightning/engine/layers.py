@@ -62,8 +62,19 @@ class Layer:
         """
         self.parameter.masked_fill_(~(mask.T if self.transposed else mask), 0)
 
+    @torch.no_grad()
+    def write_(self, weight: Tensor) -> None:
+        """Replace the weight.
 
-def prunable_layers(model: nn.Module, ignore: Sequence[str] = LM_HEAD) -> list[Layer]:
+        Args:
+            weight: ``(out_features, in_features)``, rounded to the module's dtype.
+        """
+        self.parameter.copy_(weight.T if self.transposed else weight)
+
+
+def prunable_layers(
+    model: nn.Module, ignore: Sequence[str] = LM_HEAD, only: Sequence[str] | None = None
+) -> list[Layer]:
     """All layers that are to be pruned, in the order in which the model registers them.
 
     A weight shared with a module that is no such layer (an output projection tied to the
@@ -73,6 +84,7 @@ def prunable_layers(model: nn.Module, ignore: Sequence[str] = LM_HEAD) -> list[L
         model: Any module.
         ignore: Layers to leave alone: qualified names, or regular expressions for the whole name
             behind ``re:``.
+        only: Layers to prune, in the same way; ``None`` for all.
 
     Raises:
         ValueError: Nothing is left to prune, an entry matches no layer, or a layer is quantised or
@@ -88,6 +100,8 @@ def prunable_layers(model: nn.Module, ignore: Sequence[str] = LM_HEAD) -> list[L
     # a model without an output projection is no mistake, so the default may match nothing
     named = [entry for entry in ignore if entry not in LM_HEAD or "lm_head" in " ".join(names)]
     ignored = {name for entry in named for name in matching(entry, names)}
+    if only is not None:
+        ignored |= set(names) - {name for entry in only for name in matching(entry, names)}
     taken = {id(p) for m in model.modules() if not is_linear(m) for p in m.parameters(False)}
     layers = []
     for layer in found:

@@ -12,22 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from symprune_lightning.engine.layers import LM_HEAD, Layer, by_layer, prunable_layers
+from symprune_lightning.engine.layers import LM_HEAD, Layer, prunable_layers
+from symprune_lightning.engine.method import (
+    Method,
+    PruningWarning,
+    Refine,
+    Sparsity,
+    naming,
+    resolve_method,
+    with_sparsity,
+)
 from symprune_lightning.engine.recorder import Recorder
-from symprune_lightning.engine.schedule import Forward, Schedule, SuspendedForward, check_schedule
+from symprune_lightning.engine.schedule import (
+    Forward,
+    Schedule,
+    SuspendedForward,
+    check_schedule,
+)
+from symprune_lightning.functional.allocation import Allocation, Share
 from symprune_lightning.functional.naming import by_name
-from symprune_lightning.functional.patterns import Group, Pattern, pattern_of
-from symprune_lightning.functional.refiners import MaskRefiner
+from symprune_lightning.functional.patterns import Group, Pattern
 from symprune_lightning.functional.scores import Score
 from symprune_lightning.functional.statistics import Statistics
+from symprune_lightning.functional.update import WeightUpdate
 
 
 class PruningError(RuntimeError):
     """Pruning stopped half-way: some layers are sparse already, the others still dense."""
-
-
-class PruningWarning(UserWarning):
-    """Something about a layer that the masks do not show."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +48,12 @@ class LayerReport:
     Attributes:
         name: The layer's qualified name.
         shape: ``(out_features, in_features)``.
+        asked: Fraction of zeros asked for.
         sparsity: Realised fraction of zeros.
         error: Expected squared change of the output by the first mask, relative to the expected
             squared output (see ``Statistics.squared_error``); ``None`` without input statistics.
         error_refined: The same after refining; equals ``error`` without a refiner.
+        error_updated: The same after the weight update; ``None`` without one.
         swaps: Weights that the refiner exchanged.
         tokens: Calibration tokens that reached the layer.
         seconds: Time for scoring, masking and refining.
@@ -48,9 +61,11 @@ class LayerReport:
 
     name: str
     shape: tuple[int, int]
+    asked: float
     sparsity: float
     error: float | None
     error_refined: float | None
+    error_updated: float | None
     swaps: int
     tokens: int
     seconds: float
@@ -77,12 +92,6 @@ class PruneResult:
         return zeros / sum(mask.numel() for mask in self.masks.values())
 
 
-Refiners = MaskRefiner | str | Sequence[MaskRefiner | str]
-"""A refiner or its name, or several to be applied in turn."""
-
-Refine = Refiners | Mapping[str, Refiners] | None
-"""Refiners for all layers, or by layer name."""
-
 Progress = Callable[[LayerReport, int, int], None]
 """Called after each layer with its report, how many layers are done, and how many there are."""
 
@@ -92,12 +101,15 @@ def prune_model(
     batches: Iterable[Any],
     *,
     score: Score | str = "ria",
-    sparsity: float = 0.5,
+    sparsity: Sparsity = 0.5,
     pattern: Pattern | str | None = None,
     group: Group = "output",
     refine: Refine = None,
+    update: WeightUpdate | str | None = None,
+    allocation: Allocation | str | None = None,
     schedule: Schedule = "layer",
     ignore: Sequence[str] = LM_HEAD,
+    only: Sequence[str] | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
@@ -111,15 +123,22 @@ def prune_model(
             that a 2-D ``attention_mask`` marks is not measured. Not looked at by methods that need
             no data.
         score: Importance of each weight: a ``Score``, or its name.
-        sparsity: Fraction of zeros in each group, in ``[0, 1)``.
+        sparsity: Fraction of zeros in each group, in ``[0, 1)``; or by layer, first match first:
+            ``{"re:.*down_proj": 0.4, "re:.*": 0.5}``.
         pattern: ``"2:4"`` or a ``Pattern``, in place of ``sparsity`` and ``group``.
-        group: Which weights compete: of one ``"output"`` channel, of one ``"input"`` channel, or
-            of the whole ``"layer"``.
+        group: Which weights compete: of one ``"output"`` channel, of one ``"input"`` channel, of
+            the whole ``"layer"``, of a decoder ``"block"`` (schedule block or dense), or of the
+            ``"model"`` (schedule dense; holds all scores at once).
         refine: Improves each mask before it is applied: a ``MaskRefiner``, its name, several in a
             list, or for some layers only, such as ``{"re:.*self_attn.*": "dsnot"}``.
+        update: Changes the kept weights to make up for the pruned ones: a ``WeightUpdate``, or its
+            name. Without one kept weights keep their values.
+        allocation: Divides the sparsity among layers: an ``Allocation``, or its name. Without one
+            all layers have the same.
         schedule: When a layer is pruned, see [`Schedule`]
             [symprune_lightning.engine.schedule.Schedule].
         ignore: Layers to leave dense: names, or regular expressions behind ``re:``.
+        only: Layers to prune, in the same way; ``None`` for all.
         forward: Called as ``forward(model, batch)`` in place of the rule above.
         progress: Called after every layer.
 
@@ -142,57 +161,81 @@ def prune_model(
         0.5
     """
     check_schedule(schedule)
-    run = _Run(
-        layers=prunable_layers(model, ignore),
-        score=by_name(Score, score),  # type: ignore[type-abstract]
-        pattern=pattern_of(pattern, sparsity=sparsity, group=group),
+    layers = prunable_layers(model, ignore, only)
+    method = resolve_method(
+        model,
+        layers,
+        score=score,
+        sparsity=sparsity,
+        pattern=pattern,
+        group=group,
         refine=refine,
-        progress=progress,
+        update=update,
+        schedule=schedule,
     )
-    with torch.inference_mode(False), torch.no_grad(), run.saying_what_is_done():
-        if run.recorder is None:
-            run.prune(run.layers)
-        else:
-            with _evaluating(model):
-                run.calibrate(model, batches, forward or call_model, schedule, run.recorder)
+    forward = forward or call_model
+    with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
+        if allocation is not None:
+            if isinstance(sparsity, Mapping):
+                raise ValueError("sparsity by layer does not go with an allocation: give one level")
+            batches = list(batches)
+            divide = by_name(Allocation, allocation)  # type: ignore[type-abstract]
+            levels = _allocated(model, layers, batches, forward, method, divide, sparsity)
+            method = with_sparsity(method, levels)
+        run = _Run(layers, method, progress)
+        with run.saying_what_is_done():
+            run.run(model, batches, forward, schedule)
     return run.result
 
 
-class _Run:
-    """The method and what it has done so far."""
+def _allocated(
+    model: nn.Module,
+    layers: list[Layer],
+    batches: Iterable[Any],
+    forward: Forward,
+    method: Method,
+    allocation: Allocation,
+    sparsity: float,
+) -> dict[str, float]:
+    """Sparsity of each layer, from one plain forward if the allocation wants statistics."""
+    recorder = Recorder(allocation.needs)
+    if allocation.needs:
+        SuspendedForward(model, layers, recorder, lambda _: None, "dense").run(batches, forward)
+        layers = [layer for layer in layers if recorder.seen(layer.name)]
+    last = max(method.blocks.values())
+    shares = [
+        Share(
+            name=layer.name,
+            weights=layer.parameter.numel(),
+            block=method.blocks[layer.name],
+            depth=method.blocks[layer.name] / max(last, 1),
+            weight=layer.read(),
+            statistics=recorder.statistics(layer.name) if allocation.needs else Statistics(),
+        )
+        for layer in layers
+    ]
+    return dict.fromkeys(method.patterns, sparsity) | allocation(shares, sparsity)
 
-    def __init__(
-        self,
-        layers: list[Layer],
-        score: Score,
-        pattern: Pattern,
-        refine: Refine,
-        progress: Progress | None,
-    ) -> None:
+
+class _Run:
+    """What has been done so far, and the doing of it."""
+
+    def __init__(self, layers: list[Layer], method: Method, progress: Progress | None) -> None:
         self.layers = layers
-        self.score = score
-        self.pattern = pattern
+        self.method = method
         self.progress = progress
         self.result = PruneResult()
-        for layer in layers:
-            with _naming(layer):
-                pattern.check(layer.shape)
-        self.refiners = _refiners(refine, layers)
-        self.span = pattern.span() if self.refiners else None
-        needs = score.needs.union(*(r.needs for chain in self.refiners.values() for r in chain))
         # moments cost next to nothing, and tell activations that are not finite
-        self.recorder = Recorder(needs | {"input"}) if needs else None
+        self.recorder = Recorder(method.needs | {"input"}) if method.needs else None
 
-    def calibrate(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        forward: Forward,
-        schedule: Schedule,
-        recorder: Recorder,
+    def run(
+        self, model: nn.Module, batches: Iterable[Any], forward: Forward, schedule: Schedule
     ) -> None:
-        """Send the batches through the model, pruning on the way."""
-        suspended = SuspendedForward(model, self.layers, recorder, self.prune, schedule)
+        """Send the batches through the model, pruning on the way; without, if none are needed."""
+        if self.recorder is None:
+            self.prune(self.layers)
+            return
+        suspended = SuspendedForward(model, self.layers, self.recorder, self.prune, schedule)
         if suspended.run(batches, forward) == 0:
             raise ValueError("the calibration set is empty: pass at least one batch")
         self.result.unreached.extend(
@@ -211,43 +254,66 @@ class _Run:
         )
 
     def prune(self, layers: Sequence[Layer]) -> None:
-        """Score, mask, refine and zero layers whose statistics are complete."""
-        for layer in layers:
-            with _naming(layer), torch.autocast(layer.parameter.device.type, enabled=False):
-                self._prune(layer)
+        """Prune layers whose statistics are complete."""
+        for together in self.method.competitors(layers):
+            with torch.autocast(together[0].parameter.device.type, enabled=False):
+                self._prune(together)
         if self.recorder is not None:
             self.recorder.finish(layer.name for layer in layers)
         torch.clear_autocast_cache()  # it may hold copies of the dense weights
 
-    def _prune(self, layer: Layer) -> None:
+    def _prune(self, layers: Sequence[Layer]) -> None:
+        """Score, mask, refine, update and zero layers that compete with one another."""
         start = time.perf_counter()
-        statistics = Statistics()
-        if self.recorder is not None:
-            statistics = self.recorder.statistics(layer.name)
-        weight = layer.read()
-        zero = weight == 0
-        score = self.score(weight, statistics)
-        if not score.isfinite().all():
-            raise ValueError("some weights or scores are NaN or infinite")
-        first = self.pattern.mask(score.masked_fill_(zero, -torch.inf)) & ~zero
-        mask = first
-        for refiner in self.refiners.get(layer.name, ()):
-            mask = refiner(weight, mask, statistics, self.span)
+        statistics = [self._statistics(layer) for layer in layers]
+        weights = [layer.read() for layer in layers]
+        if self.method.update is not None and self.method.update.chooses_mask:
+            masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
+        else:
+            masks = self.method.first_masks(layers, weights, statistics)
+        for layer, weight, mask, measured in zip(layers, weights, masks, statistics, strict=True):
+            with naming(layer):
+                self._finish(layer, weight, mask, measured, start)
+            start = time.perf_counter()
+
+    def _finish(
+        self, layer: Layer, weight: Tensor, first: Tensor, statistics: Statistics, start: float
+    ) -> None:
+        pattern, update = self.method.patterns[layer.name], self.method.update
+        mask, updated = first, None
+        for refiner in self.method.refiners.get(layer.name, ()):
+            mask = refiner(weight, mask, statistics, pattern.span())
+        if update is not None:
+            updated, mask = update(weight, mask, statistics, pattern)
+            first = mask if update.chooses_mask else first
         report = LayerReport(
             name=layer.name,
             shape=(weight.shape[0], weight.shape[1]),
+            asked=pattern.sparsity,
             sparsity=int((~mask).sum()) / mask.numel(),
-            error=_relative_error(weight, first, statistics),
-            error_refined=_relative_error(weight, mask, statistics),
+            error=_relative_error(weight, weight.masked_fill(first, 0), statistics),
+            error_refined=_relative_error(weight, weight.masked_fill(mask, 0), statistics),
+            error_updated=None
+            if updated is None
+            else _relative_error(weight, weight - updated, statistics),
             swaps=int((mask & ~first).sum()),
             tokens=0 if statistics.input is None else int(statistics.input.tokens),
             seconds=time.perf_counter() - start,
         )
-        layer.apply_(mask)  # `weight` may be the parameter itself: no use of it beyond here
+        # `weight` may be the parameter itself: no use of it beyond here
+        if updated is None:
+            layer.apply_(mask)
+        else:
+            layer.write_(updated)
         self.result.masks[layer.name] = mask.cpu()
         self.result.layers.append(report)
         if self.progress is not None:
             self.progress(report, len(self.result.layers), len(self.layers))
+
+    def _statistics(self, layer: Layer) -> Statistics:
+        if self.recorder is None:
+            return Statistics(layer=layer.name)
+        return self.recorder.statistics(layer.name)
 
     @contextmanager
     def saying_what_is_done(self) -> Iterator[None]:
@@ -264,24 +330,6 @@ class _Run:
             ) from error
 
 
-def _refiners(refine: Refine, layers: Sequence[Layer]) -> dict[str, list[MaskRefiner]]:
-    """Layer name to the refiners that its mask goes through."""
-    if refine is None:
-        return {}
-    settings = refine if isinstance(refine, Mapping) else {"re:.*": refine}
-    return {name: refiners_of(chain) for name, chain in by_layer(settings, layers).items()}
-
-
-def refiners_of(refiners: Refiners) -> list[MaskRefiner]:
-    """Refiners by name or as they are.
-
-    Raises:
-        ValueError: No refiner has the name.
-    """
-    listed = [refiners] if isinstance(refiners, MaskRefiner | str) else refiners
-    return [by_name(MaskRefiner, refiner) for refiner in listed]  # type: ignore[type-abstract]
-
-
 def call_model(model: nn.Module, batch: Any) -> object:
     """Mappings as keywords, tuples and lists as positional arguments, anything else as it is."""
     if isinstance(batch, Mapping):
@@ -289,10 +337,10 @@ def call_model(model: nn.Module, batch: Any) -> object:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def _relative_error(weight: Tensor, mask: Tensor, statistics: Statistics) -> float | None:
+def _relative_error(weight: Tensor, delta: Tensor, statistics: Statistics) -> float | None:
     if statistics.input is None:
         return None
-    lost = statistics.squared_error(weight.masked_fill(mask, 0)).sum()
+    lost = statistics.squared_error(delta).sum()
     return float(lost / statistics.squared_error(weight).sum().clamp_min(1e-30))
 
 
@@ -300,17 +348,6 @@ def _warn_of(names: Sequence[str], what: str) -> None:
     if names:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         warnings.warn(f"{what}: {shown}", PruningWarning, stacklevel=4)
-
-
-@contextmanager
-def _naming(layer: Layer) -> Iterator[None]:
-    """Put the layer's name before the message of a ``ValueError``."""
-    try:
-        yield
-    except ValueError as error:
-        if layer.name in str(error):
-            raise
-        raise ValueError(f"layer {layer.name}: {error}") from error
 
 
 @contextmanager

@@ -21,6 +21,9 @@ from symprune_lightning.functional.statistics import (
     at_least_float32,
 )
 
+PANEL = 192
+"""Rows of a Gram matrix that are computed together; fewer would skip more of what is symmetric."""
+
 
 class _Sums(Metric, ABC):
     """Float64 totals over tokens that are summed over ranks; ``sums`` names them."""
@@ -104,15 +107,21 @@ class GramMatrix(_Sums):
     def update(self, x: Tensor) -> None:
         """Add activations of shape ``(..., tokens, channels)``."""
         flat = at_least_float32(x.flatten(0, -2))
+        channels = flat.shape[1]
+        upper = torch.zeros(channels, channels, dtype=torch.float64, device=x.device)
+        for start in range(0, channels, PANEL):  # the lower triangle is the same
+            panel = flat[:, start : start + PANEL]
+            upper[start : start + PANEL, start:] = panel.T @ flat[:, start:]
         self.tokens = self.tokens + len(flat)
-        self.total = self.total + (flat.T @ flat).double()
+        self.total = self.total + upper
 
     @property
     def value(self) -> Tensor:
         """Shape ``(channels, channels)``, float64."""
         tokens, total = self.compute()
         size = math.isqrt(total.numel())
-        return total.reshape(size, size) / tokens
+        upper = total.reshape(size, size).triu()
+        return (upper + upper.triu(1).T) / tokens
 
 
 class LastInput:

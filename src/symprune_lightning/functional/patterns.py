@@ -10,17 +10,20 @@ import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Group = Literal["output", "input", "layer"]
-"""Who competes: the weights of one output channel, of one input channel, or of the whole layer."""
+Group = Literal["output", "input", "layer", "block", "model"]
+"""Who competes: the weights of one output channel, of one input channel, of the whole layer, of all
+layers of a decoder block, or of all layers."""
 
 
 class Pattern(ABC):
     """Base class of all patterns."""
+
+    sparsity: float
 
     @abstractmethod
     def check(self, shape: torch.Size) -> None:
@@ -37,6 +40,11 @@ class Pattern(ABC):
     @abstractmethod
     def pruned(self, group_size: int) -> int:
         """How many weights of a group are pruned."""
+
+    @property
+    @abstractmethod
+    def within_rows(self) -> bool:
+        """Whether only weights of one row ever compete."""
 
     @abstractmethod
     def span(self) -> int | None:
@@ -72,7 +80,7 @@ class Pattern(ABC):
         """
         self.check(score.shape)
         grouped = self.groups(score)
-        kept = _keep_highest(grouped, self.pruned(grouped.shape[1]))
+        kept = keep_highest(grouped, self.pruned(grouped.shape[1]))
         return self.ungroup(kept, score.shape)
 
 
@@ -84,7 +92,8 @@ class Unstructured(Pattern):
         sparsity: Fraction of zeros asked for, in ``[0, 1)``. A group whose size the fraction does
             not divide gets a little less: 0.7 of 32 is 22, that is 0.6875.
         group: ``"output"`` (each row on its own, the default, as Wanda does), ``"input"`` (each
-            column) or ``"layer"`` (the whole matrix).
+            column), ``"layer"`` (the whole matrix), ``"block"`` or ``"model"`` (the matrices of a
+            decoder block or of all layers together; the engine lays them side by side).
 
     Raises:
         ValueError: The sparsity is out of range or the group unknown.
@@ -99,17 +108,17 @@ class Unstructured(Pattern):
                 f"sparsity is {self.sparsity}, but it is the fraction of weights to prune and must "
                 f"be at least 0 and below 1; for fifty percent write 0.5"
             )
-        if self.group not in ("output", "input", "layer"):
-            raise ValueError(f"group is {self.group!r}; choose 'output', 'input' or 'layer'")
+        if self.group not in get_args(Group):
+            raise ValueError(f"group is {self.group!r}; choose one of {', '.join(get_args(Group))}")
 
     def check(self, shape: torch.Size) -> None:
         """Any shape will do."""
 
     def groups(self, x: Tensor) -> Tensor:
         """See `Pattern`."""
-        if self.group == "layer":
-            return x.reshape(1, -1)
-        return x if self.group == "output" else x.T.contiguous()
+        if self.group == "output":
+            return x
+        return x.T.contiguous() if self.group == "input" else x.reshape(1, -1)
 
     def ungroup(self, x: Tensor, shape: torch.Size) -> Tensor:
         """See `Pattern`."""
@@ -119,6 +128,11 @@ class Unstructured(Pattern):
         """See `Pattern`."""
         # the guard is for products such as 100 · 0.29 = 28.999999999999996
         return math.floor(group_size * self.sparsity + 1e-9)
+
+    @property
+    def within_rows(self) -> bool:
+        """See `Pattern`."""
+        return self.group == "output"
 
     def span(self) -> int | None:
         """See `Pattern`."""
@@ -173,6 +187,16 @@ class NM(Pattern):
         """See `Pattern`."""
         return self.m - self.n
 
+    @property
+    def sparsity(self) -> float:  # type: ignore[override]
+        """Fraction of zeros."""
+        return 1 - self.n / self.m
+
+    @property
+    def within_rows(self) -> bool:
+        """See `Pattern`."""
+        return True
+
     def span(self) -> int | None:
         """See `Pattern`."""
         return self.m
@@ -207,7 +231,7 @@ def pattern_of(
     return NM(int(match[1]), int(match[2]))
 
 
-def _keep_highest(score: Tensor, pruned: int) -> Tensor:
+def keep_highest(score: Tensor, pruned: int) -> Tensor:
     """Mask of all but the ``pruned`` lowest of each row; among equals the first are pruned."""
     if pruned == 0:
         return torch.ones_like(score, dtype=torch.bool)

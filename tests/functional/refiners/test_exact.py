@@ -61,20 +61,19 @@ def test_counts_are_kept_and_no_row_gets_worse(rows, groups, span, sparsity, dty
     assert (error(wide, refined, statistics) <= worst).all()
 
 
-@given(seed=st.integers(0, 200), span=st.sampled_from([2, 4, 10]))
-def test_groups_end_where_no_pair_helps(seed, span):
+@given(seed=st.integers(0, 300), span=SPANS)
+def test_ends_where_no_pair_helps(seed, span):
+    """With all weights on the shortlist the end is a local optimum over all pairs."""
     weight, mask, statistics = example(
         3, 20, seed=seed, dtype=torch.float64, odd=False, pattern=patterned(span)
     )
-    refined = ExactSwap(cycles=200)(weight, mask, statistics, span)
+    refined = ExactSwap(cycles=1000)(weight, mask, statistics, span)
     for w, m, e in zip(weight, refined, error(weight, refined, statistics), strict=True):
         assert best_pair(w, m, statistics.gram, span) <= 1e-5 * float(e) + 1e-12
 
 
-@given(seed=st.integers(0, 200), span=st.sampled_from([None, 4]))
-def test_first_swap_against_the_best_of_all_pairs(seed, span):
-    """In a group it is the best; in a row it is a good one, and found whenever there is any
-    that the best weight to grow on its own takes part in."""
+@given(seed=st.integers(0, 300), span=SPANS)
+def test_first_swap_is_the_best_of_all_pairs(seed, span):
     weight, mask, statistics = example(
         4, 20, seed=seed, dtype=torch.float64, odd=False, pattern=patterned(span)
     )
@@ -84,11 +83,14 @@ def test_first_swap_against_the_best_of_all_pairs(seed, span):
     best = torch.tensor(
         [best_pair(w, m, statistics.gram, span) for w, m in pairs], dtype=torch.float64
     )
-    if span is None:
-        assert (fall <= best + 1e-9).all()
-        assert fall.sum() >= 0.5 * best.sum()
-    else:
-        torch.testing.assert_close(fall, best, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fall, best, rtol=1e-5, atol=1e-5)
+
+
+@given(seed=st.integers(0, 99), cycles=st.integers(0, 20), span=SPANS)
+def test_at_most_so_many_swaps(seed, cycles, span):
+    weight, mask, statistics = example(8, 40, seed=seed, pattern=patterned(span))
+    refined = ExactSwap(cycles=cycles)(weight, mask, statistics, span)
+    assert ((refined & ~mask).sum(1) <= cycles).all()
 
 
 def test_error_falls_far():

@@ -1,0 +1,143 @@
+"""Allocations: how the sparsity asked for is divided among layers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from symprune_lightning.functional.statistics import Need, Statistics
+
+MOST = 0.99
+"""No layer is pruned further than this by an allocation."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What an allocation may know of a layer.
+
+    Attributes:
+        name: The layer's name.
+        weights: How many weights it has.
+        block: Index of its decoder block, in order.
+        depth: 0 in the first block, 1 in the last.
+        weight: Dense ``W``, ``(out_features, in_features)``.
+        statistics: Of the dense model, with everything in the allocation's ``needs``.
+    """
+
+    name: str
+    weights: int
+    block: int
+    depth: float
+    weight: Tensor
+    statistics: Statistics
+
+
+class Allocation(ABC):
+    """Base class of all allocations."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """Statistics of the dense model; any cost one more forward, before pruning."""
+
+    def __call__(self, shares: Sequence[Share], sparsity: float) -> dict[str, float]:
+        """Sparsity of each layer, such that together they have the one asked for.
+
+        Args:
+            shares: The layers.
+            sparsity: Fraction of zeros over all their weights.
+
+        Raises:
+            ValueError: The total can't be met with every layer below 0.99.
+        """
+        if sparsity > MOST:
+            raise ValueError(f"sparsity {sparsity} leaves an allocation nothing to divide")
+        wanted = torch.tensor(self.divide(shares, sparsity), dtype=torch.float64)
+        weights = torch.tensor([share.weights for share in shares], dtype=torch.float64)
+        levels = _shifted(wanted, weights / weights.sum(), sparsity)
+        return {share.name: float(s) for share, s in zip(shares, levels, strict=True)}
+
+    @abstractmethod
+    def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
+        """Sparsity wanted for each layer; all are then shifted alike to meet the total."""
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """The same sparsity everywhere."""
+
+    def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
+        """See `Allocation`."""
+        return [sparsity] * len(shares)
+
+
+@dataclass(frozen=True)
+class Progression(Allocation):
+    """Arithmetic progression over depth, ``s − slope/2`` in the first block to ``s + slope/2``.
+
+    Errors made early pass through all later layers, so early blocks are spared.
+
+    Attributes:
+        slope: How much sparser the last block is than the first.
+
+    Raises:
+        ValueError: The slope is not between −1 and 1.
+    """
+
+    slope: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not -1 < self.slope < 1:
+            raise ValueError(f"slope is {self.slope}; it must be between -1 and 1")
+
+    def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
+        """See `Allocation`."""
+        return [sparsity + self.slope * (share.depth - 0.5) for share in shares]
+
+
+@dataclass(frozen=True)
+class OWL(Allocation):
+    """Outlier-weighed layerwise sparsity: Yin et al., arXiv 2310.05175.
+
+    Blocks with more outliers (weights whose Wanda score is over ``m`` times their layer's mean) are
+    pruned less, by up to ``λ`` from the mean.
+
+    Attributes:
+        lamda: ``λ``, the most that a block's sparsity differs from the mean.
+        m: What counts as an outlier.
+    """
+
+    lamda: float = 0.08
+    m: float = 5.0
+    needs: ClassVar[frozenset[Need]] = frozenset({"input"})
+
+    def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
+        """See `Allocation`."""
+        counts: dict[int, list[int]] = {}
+        for share in shares:
+            score = share.weight.abs() * share.statistics.input_moments.norm.to(share.weight.dtype)
+            count = counts.setdefault(share.block, [0, 0])
+            count[0] += int((score > self.m * score.mean()).sum())
+            count[1] += share.weights
+        ratios = {block: outliers / total for block, (outliers, total) in counts.items()}
+        least, most = min(ratios.values()), max(ratios.values())
+        if most == least:
+            return [sparsity] * len(shares)
+        spread = {b: 2 * self.lamda * (r - least) / (most - least) for b, r in ratios.items()}
+        middle = sum(spread.values()) / len(spread)
+        return [sparsity - (spread[share.block] - middle) for share in shares]
+
+
+def _shifted(wanted: Tensor, share: Tensor, sparsity: float) -> Tensor:
+    """``wanted`` plus one constant, within [0, 0.99], so that the weighted mean is ``sparsity``."""
+    low, high = -2.0, 2.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        if float(((wanted + middle).clamp(0, MOST) * share).sum()) < sparsity:
+            low = middle
+        else:
+            high = middle
+    return (wanted + high).clamp(0, MOST)
