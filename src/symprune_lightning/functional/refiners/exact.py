@@ -17,7 +17,7 @@ CHUNK = 2**18
 SHORTLIST = 16
 """Weights to grow, and weights to prune, of which all pairs are looked at (N:M: groups)."""
 
-SWAPS = 8
+SWAPS = 16
 """Most swaps that are taken in a row before its shortlist is made anew."""
 
 
@@ -31,7 +31,7 @@ class ExactSwap(MaskRefiner):
 
     Where we depart from the paper, which looks at all pairs before every swap: the 16 weights whose
     growing alone costs least and the 16 whose pruning alone costs least make a shortlist; of its
-    256 pairs the best is taken, with costs kept exact, up to 8 times, and then a new shortlist is
+    256 pairs the best is taken, with costs kept exact, up to 16 times, and then a new shortlist is
     made. For N:M, the shortlist are the 16 groups with the best pair of their own.
 
     Attributes:
@@ -82,21 +82,22 @@ class _Rows:
     """
 
     def __init__(self, weight: Tensor, mask: Tensor, gram: Tensor) -> None:
-        removed = weight.masked_fill(mask, 0)
+        removed = torch.where(mask, 0, weight)
         product = removed @ gram
         pull = 2 * weight * product
         own = weight.square() * gram.diagonal()
         self.weight, self.mask, self.gram = weight, mask, gram
         # a weight that is zero already stays pruned
-        self.cost = torch.where(mask, own + pull, own - pull).masked_fill_(weight == 0, torch.inf)
+        own = torch.where(weight == 0, torch.inf, own)
+        self.cost = torch.where(mask, own + pull, own - pull)
         self.error = (product * removed).sum(1)
         self.all = torch.arange(len(weight), device=weight.device)
 
     def swap_in_rows_(self, most: Tensor) -> Tensor:
         """Take swaps from the shortlists; returns how many in each row, ``most`` at most."""
         size = min(SHORTLIST, self.weight.shape[1])
-        grow = self.cost.masked_fill(self.mask, torch.inf).topk(size, 1, largest=False)
-        cut = self.cost.masked_fill(~self.mask, torch.inf).topk(size, 1, largest=False)
+        grow = torch.where(self.mask, torch.inf, self.cost).topk(size, 1, largest=False)
+        cut = torch.where(self.mask, self.cost, torch.inf).topk(size, 1, largest=False)
         together = self._together(torch.cat([grow.indices, cut.indices], 1))
         grow_cost, cut_cost = grow.values, cut.values
         taken = torch.zeros_like(most)
