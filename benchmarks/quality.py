@@ -106,7 +106,7 @@ def perplexity(module: CausalLMModule, batches: Iterable[dict[str, Tensor]]) -> 
 def study(options: argparse.Namespace) -> None:
     path = Path(options.csv)
     done = {(row["budget"], row["method"], int(row["seed"])) for row in rows(path)}
-    model: PreTrainedModel = load_model(options.model, dtype="float32").eval()
+    model: PreTrainedModel = load_model(options.model, dtype="float32")
     module = CausalLMModule(model)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     chosen = {n: m for n, m in methods().items() if not options.methods or n in options.methods}

@@ -15,7 +15,7 @@ ROOT = Path(symprune_lightning.__file__).parent
 LIGHTNING = {"lightning", "torch", "torchmetrics", "transformers", "datasets", "rich"}
 CORE = {f"{PACKAGE}.functional", f"{PACKAGE}.engine"}
 ALLOWED = {
-    "functional": {"torch", f"{PACKAGE}.functional"},
+    "functional": {"torch", "scipy", f"{PACKAGE}.functional"},
     "engine": {"torch", "torchmetrics", "greenlet", *CORE},
     "display": {"rich", *CORE},
     "pretrained": {"torch", "transformers"},

@@ -248,7 +248,7 @@ def test_settings_are_plain():
     assert "pattern" not in prune.settings
     assert prune.settings["refine"]["re:.*"]["cycles"] == 3
     other = SymPrune(pattern="2:4", refine="exactswap", update="obsupdate").settings
-    assert other["pattern"] == {"name": "NM", "n": 2, "m": 4}
+    assert other["pattern"] == {"name": "NM", "n": 2, "m": 4, "permute": False}
     assert other["refine"] == [{"name": "ExactSwap", "cycles": 50}]
     assert other["update"]["name"] == "OBSUpdate"
     assert "sparsity" not in other

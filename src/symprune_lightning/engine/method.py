@@ -14,12 +14,14 @@ from symprune_lightning.engine.layers import Layer, by_layer, decoder_blocks
 from symprune_lightning.engine.schedule import Schedule
 from symprune_lightning.functional.naming import by_name
 from symprune_lightning.functional.patterns import (
+    NM,
     Group,
     Pattern,
     Unstructured,
     keep_highest,
     pattern_of,
 )
+from symprune_lightning.functional.permutation import channel_permutation
 from symprune_lightning.functional.refiners import MaskRefiner
 from symprune_lightning.functional.scores import Score
 from symprune_lightning.functional.statistics import Need, Statistics
@@ -75,10 +77,10 @@ class Method:
             groups.setdefault(key, []).append(layer)
         return list(groups.values())
 
-    def first_masks(
+    def scores(
         self, layers: Sequence[Layer], weights: Sequence[Tensor], statistics: Sequence[Statistics]
     ) -> list[Tensor]:
-        """Masks by score of layers that compete, before any refining. Zeros stay pruned."""
+        """Scores of layers; −∞ where a weight is zero already, so that it is pruned first."""
         scores = []
         for layer, weight, measured in zip(layers, weights, statistics, strict=True):
             with naming(layer):
@@ -86,6 +88,10 @@ class Method:
                 if not score.isfinite().all():
                     raise ValueError("some weights or scores are NaN or infinite")
                 scores.append(score.masked_fill(weight == 0, -torch.inf))
+        return scores
+
+    def first_masks(self, layers: Sequence[Layer], scores: Sequence[Tensor]) -> list[Tensor]:
+        """Masks by score of layers that compete, before any refining. Zeros stay pruned."""
         pattern = self.patterns[layers[0].name]
         if len(layers) == 1:
             masks = [pattern.mask(scores[0])]
@@ -94,7 +100,14 @@ class Method:
             kept = keep_highest(together, pattern.pruned(together.shape[1]))[0]
             parts = torch.split(kept, [score.numel() for score in scores])
             masks = [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
-        return [mask & (weight != 0) for mask, weight in zip(masks, weights, strict=True)]
+        return [mask & score.isfinite() for mask, score in zip(masks, scores, strict=True)]
+
+    def order(self, layer: Layer, score: Tensor) -> Tensor | None:
+        """Order of the inputs in which the layer is pruned, if its pattern looks for one."""
+        pattern = self.patterns[layer.name]
+        if isinstance(pattern, NM) and pattern.permute:
+            return channel_permutation(score, pattern.n, pattern.m)
+        return None
 
 
 def resolve_method(
@@ -217,6 +230,8 @@ def _check_together(method: Method, schedule: Schedule) -> None:
     if method.update is not None and method.update.chooses_mask:
         if method.refiners:
             raise ValueError(f"{method.update} chooses its own mask: refine=None goes with it")
+        if isinstance(pattern, NM) and pattern.permute:
+            raise ValueError(f"{method.update} has no score to permute channels by: permute=False")
         if group in ("block", "model"):
             raise ValueError(f"{method.update} works layer by layer: group {group!r} does not")
     elif method.score.scales_rows_only and pattern.within_rows:

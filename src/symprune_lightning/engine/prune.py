@@ -78,11 +78,14 @@ class PruneResult:
     Attributes:
         masks: Layer name to bool mask ``(out_features, in_features)``, True = kept, on the CPU.
         layers: One report per pruned layer, in the order of pruning.
+        permutations: Layer name to the order of its inputs in which its mask is N:M, for patterns
+            that permute: ``mask[:, order]``.
         unreached: Prunable layers that no calibration batch came to; they are still dense.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
+    permutations: dict[str, Tensor] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
 
     @property
@@ -267,19 +270,32 @@ class _Run:
         start = time.perf_counter()
         statistics = [self._statistics(layer) for layer in layers]
         weights = [layer.read() for layer in layers]
+        orders: list[Tensor | None] = [None] * len(layers)
         if self.method.update is not None and self.method.update.chooses_mask:
             masks = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
         else:
-            masks = self.method.first_masks(layers, weights, statistics)
-        for layer, weight, mask, measured in zip(layers, weights, masks, statistics, strict=True):
-            with naming(layer):
-                self._finish(layer, weight, mask, measured, start)
+            scores = self.method.scores(layers, weights, statistics)
+            orders = [self.method.order(*pair) for pair in zip(layers, scores, strict=True)]
+            scores = [s if o is None else s[:, o] for s, o in zip(scores, orders, strict=True)]
+            masks = self.method.first_masks(layers, scores)
+        for one in zip(layers, weights, masks, statistics, orders, strict=True):
+            with naming(one[0]):
+                self._finish(*one, start)
             start = time.perf_counter()
 
     def _finish(
-        self, layer: Layer, weight: Tensor, first: Tensor, statistics: Statistics, start: float
+        self,
+        layer: Layer,
+        weight: Tensor,
+        first: Tensor,
+        statistics: Statistics,
+        order: Tensor | None,
+        start: float,
     ) -> None:
+        """Refine, update and zero one layer; ``first`` has its inputs in the given order."""
         pattern, update = self.method.patterns[layer.name], self.method.update
+        if order is not None:
+            weight, statistics = weight[:, order], statistics.permuted(order)
         mask, updated = first, None
         for refiner in self.method.refiners.get(layer.name, ()):
             mask = refiner(weight, mask, statistics, pattern.span())
@@ -301,6 +317,11 @@ class _Run:
             seconds=time.perf_counter() - start,
         )
         # `weight` may be the parameter itself: no use of it beyond here
+        if order is not None:
+            back = order.argsort()
+            mask = mask[:, back]
+            updated = None if updated is None else updated[:, back]
+            self.result.permutations[layer.name] = order.cpu()
         if updated is None:
             layer.apply_(mask)
         else:

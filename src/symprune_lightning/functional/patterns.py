@@ -151,6 +151,9 @@ class NM(Pattern):
     Attributes:
         n: Weights kept in each group.
         m: Size of a group along the input dimension.
+        permute: Let the engine look for an order of the inputs in which the pattern keeps more
+            score (see ``channel_permutation``). The mask is in the model's own order; in the order
+            that ``PruneResult.permutations`` gives, it is N:M.
 
     Raises:
         ValueError: Not ``0 < n < m``.
@@ -162,6 +165,7 @@ class NM(Pattern):
 
     n: int
     m: int
+    permute: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
@@ -217,7 +221,7 @@ def pattern_of(
 
     Example:
         >>> pattern_of("2:4")
-        NM(n=2, m=4)
+        NM(n=2, m=4, permute=False)
         >>> pattern_of(None, sparsity=0.6)
         Unstructured(sparsity=0.6, group='output')
     """

@@ -6,7 +6,7 @@ Everything a score or a refiner may know about the data is here. All values are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeVar
 
@@ -60,6 +60,10 @@ class Moments:
             self.total_square + other.total_square,
         )
 
+    def permuted(self, order: Tensor) -> Moments:
+        """The moments of the channels in another order."""
+        return Moments(self.tokens, self.total[order], self.total_square[order])
+
     @cached_property
     def mean(self) -> Tensor:
         """``E[x_r]``, shape ``(channels,)``, float64."""
@@ -109,6 +113,16 @@ class Statistics:
     def gram_matrix(self) -> Tensor:
         """``gram``, or a ``ValueError`` that says that it was not collected."""
         return _collected(self.gram, "gram", "x.T @ x / len(x)")
+
+    def permuted(self, order: Tensor) -> Statistics:
+        """The statistics of the layer with its inputs in another order."""
+        variance, gram = self.sequence_variance, self.gram
+        return replace(
+            self,
+            input=None if self.input is None else self.input.permuted(order),
+            sequence_variance=None if variance is None else variance[order],
+            gram=None if gram is None else gram[order][:, order],
+        )
 
     def squared_error(self, delta: Tensor) -> Tensor:
         """Expected squared change of each output when the weights change by ``delta``.
