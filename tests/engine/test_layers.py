@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -114,3 +115,19 @@ def test_settings_by_layer_take_the_first_match():
     assert spread["model.layers.0.mlp.up_proj"] == 1
     assert spread["model.layers.1.mlp.up_proj"] == 2
     assert len(spread) == 6
+
+
+def test_computed_weights_are_refused():
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="layer 0 computes its weight"):
+        prunable_layers(nn.Sequential(normed))
+    masked = torch.nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.1)
+    with pytest.raises(ValueError, match="layer 0 computes its weight"):
+        prunable_layers(nn.Sequential(masked))
+
+
+def test_heads_of_several_layers_are_spared_by_default():
+    model = nn.ModuleDict(
+        {"body": nn.Linear(4, 4), "lm_head": nn.ModuleDict({"dense": nn.Linear(4, 4)})}
+    )
+    assert names(model) == ["body"]

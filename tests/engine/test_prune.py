@@ -292,3 +292,17 @@ def test_refiners_keep_the_groups_of_a_pattern(refine):
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         prune_model(mlp(), [torch.randn(4, 16)], **options)
+
+
+def test_a_tensor_in_the_place_of_batches():
+    with pytest.raises(ValueError, match="batches is one tensor; pass an iterable"):
+        prune_model(mlp(), torch.randn(4, 16))
+
+
+def test_batches_of_single_samples():
+    assert prune_model(mlp(), list(torch.randn(4, 16))).layers[0].tokens == 4
+
+
+def test_allocation_without_batches():
+    with pytest.raises(ValueError, match="calibration set is empty"):
+        prune_model(mlp(), [], allocation="owl")

@@ -275,3 +275,83 @@ def test_stations_are_in_model_order():
         assert len(suspended.stations) == count
         listed = [x.name for station in suspended.stations.values() for x in station]
         assert listed == ([x.name for x in layers] if count else [])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_default_dtype_that_a_forward_sets_and_restores(schedule):
+    """As Lightning's half and double precision do; batches leave in the order they came."""
+
+    def forward(model, batch):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return model(batch)
+        finally:
+            torch.set_default_dtype(before)
+
+    prune_model(mlp(), [torch.randn(4, 16)] * 3, forward=forward, schedule=schedule)
+    assert torch.get_default_dtype() == torch.float32
+
+
+class WritesToItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x += self.first(x)
+        return x + self.second(x)
+
+
+class Residual(WritesToItsInput):
+    def forward(self, x):
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+def test_blocks_that_write_to_their_input():
+    masks = []
+    for kind in (WritesToItsInput, Residual):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Sequential(kind(), kind()))
+        data = [torch.randn(6, 8) for _ in range(3)]
+        masks.append(prune_model(model, data, schedule="block").masks)
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_expert_that_is_called_with_no_tokens_is_not_reached(schedule):
+    class Calling(Experts):
+        def forward(self, x):
+            y = torch.zeros_like(x)
+            for i, expert in enumerate(self.experts):
+                chosen = (x[:, 0] > 0) == bool(i) if i < 2 else torch.zeros(len(x)).bool()
+                y[chosen] = expert(x[chosen])
+            return self.out(y)
+
+    with pytest.warns(PruningWarning, match=r"experts.2"):
+        result = prune_model(Calling(), [torch.randn(30, 8)], schedule=schedule)
+    assert result.unreached == ["experts.2"]
+
+
+def test_padding_does_not_count_where_a_model_flattens_its_tokens():
+    batch = batches("opt", count=1, size=2, length=8)[0]
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 4:] = 0
+    result = prune_model(build("opt"), [{**batch, "attention_mask": mask}])
+    assert {report.tokens for report in result.layers} == {12}
+
+
+def test_statistics_are_in_float32_under_autocast():
+    from symprune_lightning.functional.refiners import ExactSwap
+
+    def forward(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(batch)
+
+    x = torch.randn(200, 16)
+    plain, cast = (
+        prune_model(mlp(), [x], refine=ExactSwap(), **options)
+        for options in ({}, {"forward": forward})
+    )
+    assert plain.layers[0].error_refined == pytest.approx(cast.layers[0].error_refined, rel=1e-6)

@@ -14,8 +14,10 @@ from symprune_lightning.functional.statistics import at_least_float32
 
 T = TypeVar("T")
 
-LM_HEAD = ("re:.*lm_head",)
+LM_HEAD = (r"re:.*lm_head(\..*)?",)
 """The layers spared by default: the output projection, often tied to the embeddings."""
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,12 @@ def prunable_layers(
     """
     found = [Layer(n, m) for n, m in model.named_modules() if is_linear(m)]
     names = [layer.name for layer in found]
-    # a model without an output projection is no mistake, so the default may match nothing
-    named = [entry for entry in ignore if entry not in LM_HEAD or "lm_head" in " ".join(names)]
-    ignored = {name for entry in named for name in matching(entry, names)}
+    ignored = {
+        name
+        for entry in ignore
+        # a model without an output projection is no mistake, so the default may match nothing
+        for name in matching(entry, names, required=entry not in LM_HEAD)
+    }
     if only is not None:
         ignored |= set(names) - {name for entry in only for name in matching(entry, names)}
     taken = {id(p) for m in model.modules() if not is_linear(m) for p in m.parameters(False)}
@@ -165,11 +170,11 @@ def by_layer(settings: Mapping[str, T], layers: Sequence[Layer]) -> dict[str, T]
     return spread
 
 
-def matching(pattern: str, names: Sequence[str]) -> list[str]:
+def matching(pattern: str, names: Sequence[str], *, required: bool = True) -> list[str]:
     """The names that equal ``pattern``, or match it wholly if it begins with ``re:``.
 
     Raises:
-        ValueError: There are none, or it is no regular expression.
+        ValueError: It is no regular expression, or there are none although ``required``.
 
     Example:
         >>> matching("re:.*q_proj", ["layers.0.q_proj", "layers.0.k_proj"])
@@ -180,7 +185,7 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
         hits = [name for name in names if re.fullmatch(regex, name)]
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    if not hits:
+    if required and not hits:
         raise ValueError(
             f"{pattern!r} matches none of the {len(names)} layers, which are: "
             f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
@@ -189,8 +194,13 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def _check_weight(layer: Layer) -> None:
+    if layer.module._parameters.get("weight") is None:
+        raise ValueError(
+            f"layer {layer.name} computes its weight (a parametrization, or torch.nn.utils.prune): "
+            f"zeros would not stay in it; make the weight a plain parameter first"
+        )
     weight = layer.parameter
-    if not weight.is_floating_point() or weight.dim() != 2:
+    if weight.dtype not in FLOATING or weight.dim() != 2:
         raise ValueError(
             f"layer {layer.name} holds {weight.dtype} of shape {tuple(weight.shape)}: it is "
             f"quantised; prune the model before quantising it"

@@ -36,6 +36,8 @@ from symprune_lightning.functional.scores import Score
 from symprune_lightning.functional.statistics import Statistics
 from symprune_lightning.functional.update import WeightUpdate
 
+EMPTY = "the calibration set is empty: pass at least one batch"
+
 
 class PruningError(RuntimeError):
     """Pruning stopped half-way: some layers are sparse already, the others still dense."""
@@ -140,7 +142,8 @@ def prune_model(
             all layers have the same.
         schedule: When a layer is pruned, see [`Schedule`]
             [symprune_lightning.engine.schedule.Schedule].
-        ignore: Layers to leave dense: names, or regular expressions behind ``re:``.
+        ignore: Layers to leave dense: names, or regular expressions behind ``re:``. Replaces the
+            default, which spares the output projection ``lm_head``.
         only: Layers to prune, in the same way; ``None`` for all.
         forward: Called as ``forward(model, batch)`` in place of the rule above.
         progress: Called after every layer.
@@ -164,6 +167,8 @@ def prune_model(
         0.5
     """
     check_schedule(schedule)
+    if isinstance(batches, Tensor):
+        raise ValueError("batches is one tensor; pass an iterable of batches, such as [tensor]")
     layers = prunable_layers(model, ignore, only)
     method = resolve_method(
         model,
@@ -181,6 +186,7 @@ def prune_model(
         if allocation is not None:
             if isinstance(sparsity, Mapping):
                 raise ValueError("sparsity by layer does not go with an allocation: give one level")
+            with_sparsity(method, dict.fromkeys(method.patterns, sparsity))  # refuses what can't
             batches = list(batches)
             divide = by_name(Allocation, allocation)  # type: ignore[type-abstract]
             levels = _allocated(model, layers, batches, forward, method, divide, sparsity)
@@ -203,7 +209,9 @@ def _allocated(
     """Sparsity of each layer, from one plain forward if the allocation wants statistics."""
     recorder = Recorder(allocation.needs)
     if allocation.needs:
-        SuspendedForward(model, layers, recorder, lambda _: None, "dense").run(batches, forward)
+        measured = SuspendedForward(model, layers, recorder, lambda _: None, "dense")
+        if measured.run(batches, forward) == 0:
+            raise ValueError(EMPTY)
         layers = [layer for layer in layers if recorder.seen(layer.name)]
     last = max(method.blocks.values())
     shares = [
@@ -240,7 +248,7 @@ class _Run:
             return
         suspended = SuspendedForward(model, self.layers, self.recorder, self.prune, schedule)
         if suspended.run(batches, forward) == 0:
-            raise ValueError("the calibration set is empty: pass at least one batch")
+            raise ValueError(EMPTY)
         self.result.unreached.extend(
             layer.name for layer in self.layers if layer.name not in self.result.masks
         )

@@ -106,7 +106,7 @@ class GramMatrix(_Sums):
 
     def update(self, x: Tensor) -> None:
         """Add activations of shape ``(..., tokens, channels)``."""
-        flat = at_least_float32(x.flatten(0, -2))
+        flat = at_least_float32(x.reshape(-1, x.shape[-1]))
         channels = flat.shape[1]
         upper = torch.zeros(channels, channels, dtype=torch.float64, device=x.device)
         for start in range(0, channels, PANEL):  # the lower triangle is the same
@@ -169,9 +169,16 @@ class Recorder:
             layer: The layer, still dense.
             x: Its input, ``(..., tokens, in_features)``.
             last: What the same batch measured last.
-            valid: Bool, the leading shape of ``x``: False where a token is padding.
+            valid: Bool, one per token of the batch: False where it is padding. Not used where
+                ``x`` holds another number of tokens (those sent to an expert).
         """
-        tokens = x if valid is None or valid.shape != x.shape[:-1] else x[valid]
+        with torch.autocast(x.device.type, enabled=False):
+            self._observe(layer, x, last, valid)
+
+    def _observe(self, layer: Layer, x: Tensor, last: LastInput, valid: Tensor | None) -> None:
+        tokens = x if valid is None else _real(x, valid)
+        if not tokens.numel():
+            return  # an expert that no token was sent to has not been reached
         if not last.is_(x):
             if layer.name not in self._metrics:
                 self._metrics[layer.name] = {k: m().to(x.device) for k, m in self._kinds.items()}
@@ -228,6 +235,15 @@ class Recorder:
             for other in others:
                 metric.merge_state(self._metrics[other][need])
         return metric
+
+
+def _real(x: Tensor, valid: Tensor) -> Tensor:
+    """The tokens that are no padding, also where a model has laid all sequences end to end."""
+    if valid.numel() != math.prod(x.shape[:-1]):
+        return x
+    if valid.shape == x.shape[:-1] and valid.all():
+        return x
+    return x.reshape(-1, x.shape[-1])[valid.flatten()]
 
 
 def _version(x: Tensor) -> int:

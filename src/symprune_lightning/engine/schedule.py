@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from symprune_lightning.engine.layers import Layer, decoder_blocks, is_linear
 from symprune_lightning.engine.recorder import LastInput, Recorder
@@ -184,7 +185,10 @@ class SuspendedForward:
             return
         if module not in self.layers:
             batch.measuring = True
-            module.forward(*args, **kwargs)  # the dense block: only its layers' inputs count
+            # the dense block: only its layers' inputs count. It gets copies, since a block may
+            # write to its input, and is run again
+            copies = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+            module.forward(*copies[0], **copies[1])
             batch.measuring = False
         batch.wait_at(module)
 
@@ -218,16 +222,17 @@ def _end(batch: _Batch) -> None:
 
 
 def _thread_modes() -> tuple[Any, ...]:
-    """Torch keeps these by thread, not by greenlet: a batch must find them as it left them."""
+    """Torch keeps these by thread or process: a batch must find them as it left them."""
     autocast = [
         (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
     ]
-    return torch.is_grad_enabled(), autocast
+    return torch.is_grad_enabled(), torch.get_default_dtype(), autocast
 
 
 def _set_thread_modes(modes: tuple[Any, ...]) -> None:
-    grad, autocast = modes
+    grad, dtype, autocast = modes
     torch.set_grad_enabled(grad)
+    torch.set_default_dtype(dtype)
     for device, enabled, dtype in autocast:
         torch.set_autocast_enabled(device, enabled)
         torch.set_autocast_dtype(device, dtype)

@@ -46,7 +46,7 @@ class Moments:
 
         Sums of one call are taken in float32 at least and returned as float64.
         """
-        flat = at_least_float32(x.flatten(0, -2))
+        flat = at_least_float32(x.reshape(-1, x.shape[-1]))
         return cls(
             tokens=torch.tensor(flat.shape[0], dtype=torch.float64, device=x.device),
             total=flat.sum(0).double(),
