@@ -156,6 +156,7 @@ def test_pruning_in_fit(when):
     quiet(max_steps=2).fit(model, loader(), loader(), callbacks=[prune, watching])
     assert seen[1] == (0.5 if when == "fit_start" else 0)
     assert prune.result.sparsity == 0.5
+    assert prune.sparse_metrics == {}, "nothing was evaluated since"
     if when == "fit_end":
         assert seen == [0, 0, 0]
         assert sparsity(model) == 0.5
@@ -234,6 +235,8 @@ def test_calibration_runs_at_the_trainers_precision():
         ({"refine": "nothing"}, "no MaskRefiner is called"),
         ({"schedule": "nothing"}, "schedule is 'nothing'; choose one of"),
         ({"pattern": "2/4"}, "write it as 'N:M'"),
+        ({"group": "model"}, "use schedule='dense'"),
+        ({"refine": {"re:.*": "dsnott"}}, "no MaskRefiner is called 'dsnott'"),
     ],
 )
 def test_wrong_arguments_are_said_at_once(options, message):
@@ -246,9 +249,74 @@ def test_settings_are_plain():
     assert prune.settings["score"] == {"name": "RIA", "alpha": 1.0}
     assert (prune.settings["sparsity"], prune.settings["group"]) == (0.25, "output")
     assert "pattern" not in prune.settings
-    assert prune.settings["refine"]["re:.*"]["cycles"] == 3
+    assert prune.settings["refine"]["re:.*"][0]["cycles"] == 3
     other = SymPrune(pattern="2:4", refine="exactswap", update="obsupdate").settings
     assert other["pattern"] == {"name": "NM", "n": 2, "m": 4, "permute": False}
     assert other["refine"] == [{"name": "ExactSwap", "cycles": 50}]
     assert other["update"]["name"] == "OBSUpdate"
     assert "sparsity" not in other
+
+
+def test_dense_weights_that_come_back_are_pruned_again(tmp_path):
+    model, prune = Plain(), SymPrune(calibration=loader())
+    quiet(max_steps=1).fit(model, loader())
+    trainer = quiet(callbacks=[prune])
+    trainer.strategy.connect(model)
+    torch.save(
+        {"state_dict": model.state_dict(), "pytorch-lightning_version": pl.__version__},
+        tmp_path / "dense.ckpt",
+    )
+    for _ in range(2):
+        trainer.validate(model, loader(), ckpt_path=tmp_path / "dense.ckpt", verbose=False)
+        assert sparsity(model) == 0.5
+    dense = dict(prune.dense_metrics)
+    quiet(max_steps=2).fit(model, loader())
+    assert not prune.has_pruned(model)
+    trainer.validate(model, loader(), verbose=False)
+    assert sparsity(model) == 0.5
+    assert prune.dense_metrics != dense
+
+
+def test_batches_are_converted_and_transferred_as_lightning_does():
+    class Own(Plain):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch["x"]
+
+    batches = DataLoader([{"x": x} for x in torch.randn(12, 8)], batch_size=4)
+    model, prune = Own(), SymPrune(calibration=batches)
+    quiet(precision="64-true").validate(model, batches, callbacks=prune, verbose=False)
+    assert sparsity(model) == 0.5
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_batch_that_forward_does_not_take():
+    pairs = [(x, x) for x in loader()]
+    with pytest.raises(TypeError, match=r"give the module a method calibration_step\(batch\)"):
+        quiet().validate(Plain(), loader(), callbacks=SymPrune(calibration=pairs), verbose=False)
+
+
+def test_magnitude_needs_no_calibration_data():
+    model = Plain()
+    quiet().validate(model, loader(), callbacks=SymPrune("magnitude"), verbose=False)
+    assert sparsity(model) == 0.5
+
+
+def test_a_callback_that_has_pruned_can_be_pickled():
+    import pickle
+
+    prune = SymPrune(calibration=list(loader()))
+    quiet().validate(Plain(), loader(), callbacks=prune, verbose=False)
+    assert pickle.loads(pickle.dumps(prune)).result.sparsity == 0.5
+
+
+def test_settings_of_somebodys_own_score_are_text():
+    from symprune_lightning import Score
+
+    class Own(Score):
+        def __call__(self, weight, statistics):
+            return weight.abs()
+
+        def __repr__(self):
+            return "Own()"
+
+    assert SymPrune(Own()).settings["score"] == "Own()"

@@ -92,7 +92,7 @@ def test_score_by_string(model, monkeypatch):
     )
     settings = json.loads((model / "out" / "sparsity_manifest.json").read_text())["settings"]
     assert settings["score"]["name"] == "Wanda"
-    assert settings["refine"]["re:.*mlp.*"]["name"] == "DSnoT"
+    assert settings["refine"]["re:.*mlp.*"][0]["name"] == "DSnoT"
 
 
 @pytest.mark.parametrize(

@@ -150,3 +150,22 @@ def test_missing_column(tmp_path):
     data = CalibrationDataModule(TextSource(str(path), column="body"), tokenizer(), **SIZES)
     with pytest.raises(ValueError, match="too short"):
         data.setup()
+
+
+def test_paths_and_data_sets_and_arrays(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n\n".join(texts()))
+    listed = CalibrationDataModule(texts(), tokenizer(), **SIZES).hashes
+    assert CalibrationDataModule(path, tokenizer(), **SIZES).hashes == listed
+    found = datasets.Dataset.from_dict({"text": texts()})
+    assert CalibrationDataModule(found, tokenizer(), **SIZES).hashes == listed
+    ids = torch.arange(1000).reshape(20, 50).numpy()
+    assert parts(CalibrationDataModule(ids, **SIZES))[0].shape == (4, 16)
+
+
+def test_split_of_a_file(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n\n".join(texts()))
+    data = CalibrationDataModule(TextSource(str(path), split="train[:2]"), tokenizer(), **SIZES)
+    with pytest.raises(ValueError, match="only 62 are there"):
+        data.setup()

@@ -70,3 +70,27 @@ def test_folder_that_cannot_be_written_to(tmp_path):
     run = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
     assert "said: cannot write to" in run.stderr, run.stderr
     assert "choose another" in run.stderr
+
+
+def test_mount_points_are_refused_at_once():
+    with pytest.raises((PermissionError, FileExistsError), match=r"mount point|holds files"):
+        check_destination("/proc")
+    if Path("/dev/shm").is_dir() and not any(Path("/dev/shm").iterdir()):
+        with pytest.raises(PermissionError, match="is a mount point"):
+            check_destination("/dev/shm")
+
+
+def test_earlier_checkpoint_is_back_if_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": 1})
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name.startswith(".out-") and Path(target).name == "out":
+            raise OSError("no room for a name")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no room"):
+        save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": 2})
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text()) == {"turn": 1}
+    assert not left_over(tmp_path)

@@ -77,7 +77,7 @@ def test_padding_and_labels_are_not_predicted():
 
 def test_model_is_loaded_once_and_only_when_configured(tmp_path):
     build("llama").save_pretrained(tmp_path)
-    module = CausalLMModule(str(tmp_path), dtype="bfloat16")
+    module = CausalLMModule(tmp_path, dtype="bfloat16")
     with pytest.raises(RuntimeError, match="configure_model"):
         _ = module.prunable_model
     module.configure_model()

@@ -16,7 +16,7 @@ from torch import nn
 
 from symprune_lightning.display import layer_bar, summary
 from symprune_lightning.engine.layers import LM_HEAD
-from symprune_lightning.engine.method import Refine, refiners_of
+from symprune_lightning.engine.method import Refine, check_group, refiners_of
 from symprune_lightning.engine.prune import Progress, PruneResult, call_model, prune_model
 from symprune_lightning.engine.schedule import Forward, Schedule, check_schedule
 from symprune_lightning.functional.allocation import Allocation
@@ -77,6 +77,9 @@ class PruningCallback(Callback, ABC):
         self.sparse_metrics: dict[str, float] = {}
         self._pruned: weakref.ref[LightningModule] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pruned": None}  # a weak reference can't be pickled
+
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -96,8 +99,13 @@ class PruningCallback(Callback, ABC):
         """
 
     def has_pruned(self, module: LightningModule) -> bool:
-        """Whether this callback has pruned that module already."""
-        return self._pruned is not None and self._pruned() is module
+        """Whether this callback has pruned that module, and its weights are still as sparse.
+
+        They are not after dense weights were loaded, or after a fit that does not keep the zeros.
+        """
+        if self.result is None or self._pruned is None or self._pruned() is not module:
+            return False
+        return self.result.holds_in(getattr(module, "prunable_model", module))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune before ``Trainer.validate`` evaluates."""
@@ -113,7 +121,11 @@ class PruningCallback(Callback, ABC):
         self._at("fit_start", trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune after the last training step, before the last checkpoint is written."""
+        """Prune after the last training step.
+
+        What checkpoint callbacks wrote before is dense; ``Trainer.save_checkpoint`` after the fit
+        is not.
+        """
         self._at("fit_end", trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,18 +147,21 @@ class PruningCallback(Callback, ABC):
         with _progress(trainer) as progress:
             self.result = self.prune(target, batches, _forward(trainer, step), progress)
         self._pruned = weakref.ref(module)
+        self.sparse_metrics = {}
         if moment in ("fit_start", "fit_end"):
-            self._finish(trainer, module)
+            self._show(trainer)  # the metrics at hand are those of dense weights
 
-    def _calibration_batches(self, trainer: Trainer, module: LightningModule) -> Iterable[Any]:
+    def _calibration_batches(self, trainer: Trainer, module: LightningModule) -> Iterator[Any]:
+        """The batches; a generator, so that methods that need no data need not have any."""
         if self.calibration is not None:
-            return self.calibration
+            yield from self.calibration
+            return
         datamodule = getattr(trainer, "datamodule", None)
         for owner in (datamodule, module):
             loader = getattr(owner, "calibration_dataloader", None)
             if callable(loader):
-                batches: Iterable[Any] = loader()
-                return batches
+                yield from loader()
+                return
         raise ValueError(
             f"{type(self).__name__} has no calibration data: pass calibration=<a dataloader>, or "
             f"use a CalibrationDataModule, or give your data module a method "
@@ -158,7 +173,10 @@ class PruningCallback(Callback, ABC):
         if self.result is None or not self.has_pruned(module):
             return
         self.sparse_metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        if _watched(trainer):
+        self._show(trainer)
+
+    def _show(self, trainer: Trainer) -> None:
+        if self.result is not None and _watched(trainer):
             for table in summary(self.result, self.dense_metrics, self.sparse_metrics):
                 Console().print(table)
 
@@ -181,7 +199,8 @@ class SymPrune(PruningCallback):
             sparsity among layers.
         schedule: ``"layer"`` (one forward), ``"block"`` (two, as the reference implementations do)
             or ``"dense"``.
-        ignore: Layers to leave dense: names, or regular expressions behind ``re:``.
+        ignore: Layers to leave dense: names, or regular expressions behind ``re:``. ``None`` spares
+            the output projection ``lm_head``, a list of yours replaces that.
         only: Layers to prune, in the same way; ``None`` for all.
         when: See [`PruningCallback`][symprune_lightning.callbacks.PruningCallback].
         calibration: See `PruningCallback`.
@@ -220,13 +239,17 @@ class SymPrune(PruningCallback):
         check_schedule(schedule)
         for level in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
             pattern_of(pattern, sparsity=level, group=group)  # says at once what is wrong
+        if pattern is None:
+            check_group(group, schedule)
         self.score = by_name(Score, score)  # type: ignore[type-abstract]
         self.sparsity = sparsity
         self.pattern = None if pattern is None else pattern_of(pattern)
         self.group = group
-        self.refine: Refine = (
-            refine if refine is None or isinstance(refine, dict) else refiners_of(refine)
-        )
+        self.refine: Refine = None
+        if isinstance(refine, dict):
+            self.refine = {name: refiners_of(chain) for name, chain in refine.items()}
+        elif refine is not None:
+            self.refine = refiners_of(refine)
         self.update = None if update is None else by_name(WeightUpdate, update)  # type: ignore[type-abstract]
         self.allocation = None if allocation is None else by_name(Allocation, allocation)  # type: ignore[type-abstract]
         self.schedule = schedule
@@ -269,14 +292,24 @@ def _forward(trainer: Trainer, step: Callable[[Any], object] | None) -> Forward:
         with trainer.precision_plugin.forward_context():
             if step is not None:
                 return step(batch)
-            return call_model(model, batch)
+            try:
+                return call_model(model, batch)
+            except TypeError as error:
+                raise TypeError(
+                    f"{error} (mappings are passed as keywords, tuples and lists as positional "
+                    f"arguments; if forward takes something else, give the module a method "
+                    f"calibration_step(batch))"
+                ) from error
 
     return forward
 
 
 def _on_device(batches: Iterable[Any], trainer: Trainer) -> Iterator[Any]:
+    """Through the steps that Lightning's own loops take a batch through."""
     for batch in batches:
-        yield trainer.strategy.batch_to_device(batch)
+        converted = trainer.precision_plugin.convert_input(batch)
+        before = trainer.lightning_module._on_before_batch_transfer(converted)
+        yield trainer.strategy.batch_to_device(before)
 
 
 def _watched(trainer: Trainer) -> bool:
@@ -299,6 +332,6 @@ def _plain(value: Any) -> Any:
         return {"name": type(value).__name__, **asdict(value)}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)

@@ -45,6 +45,7 @@ class PruningCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data is tokenised for the model."""
         parser.link_arguments("model.pretrained", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
     def after_prune(self) -> None:
         """Say what came of it."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -41,7 +43,7 @@ class TextSource:
     column: str = "text"
 
 
-Texts = str | TextSource | Iterable[Any]
+Texts = str | PathLike[str] | TextSource | Iterable[Any]
 
 
 class CalibrationDataModule(LightningDataModule):
@@ -62,6 +64,7 @@ class CalibrationDataModule(LightningDataModule):
         evaluation: Texts to evaluate on; ``None`` takes further texts of ``dataset``.
         evaluation_sequences: How many sequences to evaluate on.
         batch_size: Sequences in a batch.
+        trust_remote_code: Let the tokenizer run code of its own. Off unless you say so.
         seed: Of the shuffle. An iterable that is no sequence is taken in its own order.
 
     Raises:
@@ -89,6 +92,7 @@ class CalibrationDataModule(LightningDataModule):
         evaluation_sequences: int = 64,
         batch_size: int = 1,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         sizes = {
@@ -107,6 +111,7 @@ class CalibrationDataModule(LightningDataModule):
         self.evaluation_sequences = evaluation_sequences
         self.batch_size = batch_size
         self.seed = seed
+        self.trust_remote_code = trust_remote_code
         self._tokenizer = tokenizer
         self._parts: dict[str, Tensor] = {}
 
@@ -114,7 +119,9 @@ class CalibrationDataModule(LightningDataModule):
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, loaded when first asked for."""
         if isinstance(self._tokenizer, str):
-            self._tokenizer = load_tokenizer(self._tokenizer)
+            self._tokenizer = load_tokenizer(
+                self._tokenizer, trust_remote_code=self.trust_remote_code
+            )
         return self._tokenizer
 
     def setup(self, stage: str | None = None) -> None:
@@ -192,10 +199,12 @@ class CalibrationDataModule(LightningDataModule):
 
 
 def _texts(source: Texts) -> Iterable[Any]:
-    if source == PYTHON_DOCS:
+    if isinstance(source, str) and source == PYTHON_DOCS:
         return list(topics.values())
-    if isinstance(source, str):
-        source = TextSource(source)
+    if isinstance(source, str | PathLike):
+        source = TextSource(os.fspath(source))
+    if isinstance(source, datasets.Dataset):
+        return _column(source, "text", "the data set")
     if not isinstance(source, TextSource):
         return source
     path = Path(source.path).expanduser()
@@ -204,16 +213,20 @@ def _texts(source: Texts) -> Iterable[Any]:
             raise FileNotFoundError(f"no text file at {path}")
         options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
         found = datasets.load_dataset(
-            FORMATS[path.suffix], data_files=str(path), split="train", **options
+            FORMATS[path.suffix], data_files=str(path), split=source.split, **options
         )
     else:
-        found = datasets.load_dataset(source.path, source.name, split=source.split)
-    if source.column not in found.column_names:
+        name = str(path) if path.exists() else source.path
+        found = datasets.load_dataset(name, source.name, split=source.split)
+    return _column(found, source.column, source.path)
+
+
+def _column(found: datasets.Dataset, column: str, name: str) -> Iterable[str]:
+    if column not in found.column_names:
         raise ValueError(
-            f"{source.path} has no column {source.column!r}; "
-            f"it has: {', '.join(found.column_names)}"
+            f"{name} has no column {column!r}; it has: {', '.join(found.column_names)}"
         )
-    texts: Iterable[str] = found[source.column]
+    texts: Iterable[str] = found[column]
     return texts
 
 
@@ -228,4 +241,6 @@ def _shuffled(texts: Iterable[Any], seed: int) -> Iterable[Any]:
 def _described(source: Texts | None) -> Any:
     if isinstance(source, TextSource):
         return asdict(source)
+    if isinstance(source, PathLike):
+        return os.fspath(source)
     return source if source is None or isinstance(source, str) else type(source).__name__

@@ -32,7 +32,7 @@ def check_destination(output: str | Path) -> Path:
 
     Raises:
         FileExistsError: It holds files that are no earlier checkpoint of ours.
-        PermissionError: Its parent folder can't be written to.
+        PermissionError: Its parent folder can't be written to, or it is a mount point.
         NotADirectoryError: A part of the path is a file.
     """
     path = Path(output).expanduser().absolute()
@@ -43,6 +43,10 @@ def check_destination(output: str | Path) -> Path:
         raise FileExistsError(
             f"{path} holds files, and no {MANIFEST} says that they are an earlier pruned "
             f"checkpoint: choose a new folder"
+        )
+    if os.path.ismount(path):
+        raise PermissionError(
+            f"{path} is a mount point, which can't be replaced as a whole: choose a folder in it"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,8 +143,13 @@ def _take_name(partial: Path, path: Path) -> None:
     """Rename ``partial`` to ``path``; an earlier folder there is moved aside, then deleted."""
     if path.is_dir():
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-        path.rename(aside / path.name)
-        partial.rename(path)
+        earlier = path.rename(aside / path.name)
+        try:
+            partial.rename(path)
+        except OSError:
+            earlier.rename(path)
+            aside.rmdir()
+            raise
         shutil.rmtree(aside)
     else:
         partial.rename(path)

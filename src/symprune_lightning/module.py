@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from os import PathLike
 
 import torch
 from lightning.pytorch import LightningModule
@@ -86,14 +88,15 @@ class CausalLMModule(LightningModule):
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel,
+        pretrained: str | PathLike[str] | PreTrainedModel,
         dtype: str = "auto",
         learning_rate: float = 2e-5,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.model: PreTrainedModel | None
-        if isinstance(pretrained, str):
+        if isinstance(pretrained, str | PathLike):
+            pretrained = os.fspath(pretrained)
             self.save_hyperparameters()
             self.pretrained, self.model = pretrained, None
         else:

@@ -16,6 +16,7 @@ from symprune_lightning.callbacks import PruningCallback
 from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.prune import PruneResult
 from symprune_lightning.export import check_destination, manifest_of, save_checkpoint
+from symprune_lightning.module import CausalLMModule
 
 Callbacks = Callback | Sequence[Callback] | None
 
@@ -158,12 +159,15 @@ class Trainer(pl.Trainer):
             Masks and reports; the model's weights are zeroed.
 
         Raises:
+            TypeError: A checkpoint is asked for, of what is no transformers model.
             ValueError: There is not exactly one pruning callback with ``when="validate"``.
             OSError: The folder can't be written to; said before anything is run.
         """
         callback = _only_pruning([*self.callbacks, *_listed(callbacks)])
         if output is not None:
             check_destination(output)
+            if not isinstance(model, CausalLMModule):
+                _transformers_model(model)
         self.validate(model, dataloaders, verbose=False, datamodule=datamodule, callbacks=callbacks)
         result = callback.result
         if result is None or not callback.has_pruned(model):
@@ -181,12 +185,7 @@ class Trainer(pl.Trainer):
         callback: PruningCallback,
         result: PruneResult,
     ) -> None:
-        model = getattr(module, "prunable_model", module)
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(
-                f"output= writes transformers models, and {type(model).__name__} is none: name one "
-                f"in an attribute `prunable_model`, or use Trainer.save_checkpoint"
-            )
+        model = _transformers_model(module)
         ours = datamodule if isinstance(datamodule, CalibrationDataModule) else None
         manifest = manifest_of(
             result,
@@ -210,7 +209,7 @@ class Trainer(pl.Trainer):
             if isinstance(callback, PruningCallback)
             and callback.when == moment
             and callback.baseline
-            and not callback.has_pruned(module)
+            and not (options["ckpt_path"] is None and callback.has_pruned(module))
         ]
         if not pruning:
             return
@@ -229,6 +228,16 @@ class Trainer(pl.Trainer):
             yield
         finally:
             self.callbacks = before
+
+
+def _transformers_model(module: LightningModule) -> PreTrainedModel:
+    model = getattr(module, "prunable_model", module)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"output= writes transformers models, and {type(model).__name__} is none: name one in "
+            f"an attribute `prunable_model`, or use Trainer.save_checkpoint"
+        )
+    return model
 
 
 def _listed(callbacks: Callbacks) -> list[Callback]:

@@ -205,5 +205,10 @@ def _check_weight(layer: Layer) -> None:
             f"layer {layer.name} holds {weight.dtype} of shape {tuple(weight.shape)}: it is "
             f"quantised; prune the model before quantising it"
         )
+    if weight.device.type == "mps":
+        raise ValueError(
+            f"layer {layer.name} is on Apple's MPS, which has no float64 to sum statistics in: "
+            f"move the model to the CPU, or use Trainer(accelerator='cpu')"
+        )
     if weight.is_meta:
         raise ValueError(f"layer {layer.name} is on the meta device; load its weights first")

@@ -143,6 +143,15 @@ def resolve_method(
     return method
 
 
+def check_group(group: Group, schedule: Schedule) -> None:
+    """Raise ``ValueError`` if the schedule never has all scores of a group at once."""
+    known = {"block": ("block", "dense"), "model": ("dense",)}.get(group, (schedule,))
+    if schedule not in known:
+        raise ValueError(
+            f"group {group!r} needs all scores of a {group} at once: use schedule={known[0]!r}"
+        )
+
+
 def with_sparsity(method: Method, sparsity: Mapping[str, float]) -> Method:
     """The same method with other levels by layer.
 
@@ -222,11 +231,7 @@ def _refiners(refine: Refine, layers: Sequence[Layer]) -> dict[str, list[MaskRef
 def _check_together(method: Method, schedule: Schedule) -> None:
     pattern = next(iter(method.patterns.values()))
     group = pattern.group if isinstance(pattern, Unstructured) else "output"
-    known = {"block": ("block", "dense"), "model": ("dense",)}.get(group, (schedule,))
-    if schedule not in known:
-        raise ValueError(
-            f"group {group!r} needs all scores of a {group} at once: use schedule={known[0]!r}"
-        )
+    check_group(group, schedule)
     if method.update is not None and method.update.chooses_mask:
         if method.refiners:
             raise ValueError(f"{method.update} chooses its own mask: refine=None goes with it")

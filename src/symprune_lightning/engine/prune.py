@@ -90,6 +90,14 @@ class PruneResult:
     permutations: dict[str, Tensor] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
 
+    def holds_in(self, model: nn.Module) -> bool:
+        """Whether the model's weights are zero wherever the masks are."""
+        for name, mask in self.masks.items():
+            weight = Layer(name, model.get_submodule(name)).read()
+            if bool((weight.masked_fill(mask.to(weight.device), 0) != 0).any()):
+                return False
+        return True
+
     @property
     def sparsity(self) -> float:
         """Realised fraction of zeros over all pruned layers."""
