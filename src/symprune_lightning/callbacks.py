@@ -105,7 +105,7 @@ class PruningCallback(Callback, ABC):
         """
         if self.result is None or self._pruned is None or self._pruned() is not module:
             return False
-        return self.result.holds_in(getattr(module, "prunable_model", module))
+        return self.result.holds_in(pruning_target(module))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune before ``Trainer.validate`` evaluates."""
@@ -142,10 +142,11 @@ class PruningCallback(Callback, ABC):
         if moment != self.when or self.has_pruned(module):
             return
         step = getattr(module, "calibration_step", None)
-        target = getattr(module, "prunable_model", module)
         batches = _on_device(self._calibration_batches(trainer, module), trainer)
         with _progress(trainer) as progress:
-            self.result = self.prune(target, batches, _forward(trainer, step), progress)
+            self.result = self.prune(
+                pruning_target(module), batches, _forward(trainer, step), progress
+            )
         self._pruned = weakref.ref(module)
         self.sparse_metrics = {}
         if moment in ("fit_start", "fit_end"):
@@ -170,7 +171,7 @@ class PruningCallback(Callback, ABC):
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         """Keep the metrics of the pruned model, and show all figures to who looks on."""
-        if self.result is None or not self.has_pruned(module):
+        if not self.has_pruned(module):
             return
         self.sparse_metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
         self._show(trainer)
@@ -283,6 +284,12 @@ class SymPrune(PruningCallback):
             forward=forward,
             progress=progress,
         )
+
+
+def pruning_target(module: LightningModule) -> nn.Module:
+    """What is pruned of a module, and what layer names are relative to."""
+    target: nn.Module = getattr(module, "prunable_model", module)
+    return target
 
 
 def _forward(trainer: Trainer, step: Callable[[Any], object] | None) -> Forward:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from transformers import PreTrainedModel
 
-from symprune_lightning.callbacks import PruningCallback
+from symprune_lightning.callbacks import PruningCallback, When, pruning_target
 from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.prune import PruneResult
 from symprune_lightning.export import check_destination, manifest_of, save_checkpoint
@@ -99,11 +100,17 @@ class Trainer(pl.Trainer):
         Returns:
             Metrics by dataloader; of the pruned model, if a callback pruned it.
         """
-        options = {"dataloaders": dataloaders, "datamodule": datamodule, "ckpt_path": ckpt_path}
-        options["weights_only"] = weights_only
+        evaluate = partial(
+            super().validate,
+            model,
+            dataloaders=dataloaders,
+            ckpt_path=ckpt_path,
+            datamodule=datamodule,
+            weights_only=weights_only,
+        )
         with self._with([*self.callbacks, *_listed(callbacks)]):
-            self._evaluate_dense("validate", model, options)
-            return super().validate(model, verbose=verbose, **options)
+            self._evaluate_dense("validate", model, evaluate, reloads=ckpt_path is not None)
+            return evaluate(verbose=verbose)
 
     def test(
         self,
@@ -130,11 +137,17 @@ class Trainer(pl.Trainer):
         Returns:
             Metrics by dataloader; of the pruned model, if a callback pruned it.
         """
-        options = {"dataloaders": dataloaders, "datamodule": datamodule, "ckpt_path": ckpt_path}
-        options["weights_only"] = weights_only
+        evaluate = partial(
+            super().test,
+            model,
+            dataloaders=dataloaders,
+            ckpt_path=ckpt_path,
+            datamodule=datamodule,
+            weights_only=weights_only,
+        )
         with self._with([*self.callbacks, *_listed(callbacks)]):
-            self._evaluate_dense("test", model, options)
-            return super().test(model, verbose=verbose, **options)
+            self._evaluate_dense("test", model, evaluate, reloads=ckpt_path is not None)
+            return evaluate(verbose=verbose)
 
     def prune(
         self,
@@ -199,7 +212,12 @@ class Trainer(pl.Trainer):
         save_checkpoint(output, model, tokenizer, manifest)
 
     def _evaluate_dense(
-        self, moment: Literal["validate", "test"], model: LightningModule | None, options: Any
+        self,
+        moment: When,
+        model: LightningModule | None,
+        evaluate: Callable[..., list[Mapping[str, float]]],
+        *,
+        reloads: bool,
     ) -> None:
         """Give pruning callbacks the metrics of the dense model, where they want them."""
         module = model or self.lightning_module
@@ -209,13 +227,12 @@ class Trainer(pl.Trainer):
             if isinstance(callback, PruningCallback)
             and callback.when == moment
             and callback.baseline
-            and not (options["ckpt_path"] is None and callback.has_pruned(module))
+            and (reloads or not callback.has_pruned(module))
         ]
         if not pruning:
             return
         with self._with([c for c in self.callbacks if not isinstance(c, PruningCallback)]):
-            evaluate = super().validate if moment == "validate" else super().test
-            metrics = evaluate(model, verbose=False, **options)
+            metrics = evaluate(verbose=False)
         for callback in pruning:
             callback.dense_metrics = {k: v for part in metrics for k, v in part.items()}
 
@@ -231,7 +248,7 @@ class Trainer(pl.Trainer):
 
 
 def _transformers_model(module: LightningModule) -> PreTrainedModel:
-    model = getattr(module, "prunable_model", module)
+    model = pruning_target(module)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"output= writes transformers models, and {type(model).__name__} is none: name one in "

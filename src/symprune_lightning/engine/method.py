@@ -71,8 +71,7 @@ class Method:
         """Layers whose weights compete with one another, together; most layers stand alone."""
         groups: dict[object, list[Layer]] = {}
         for layer in layers:
-            pattern = self.patterns[layer.name]
-            group = pattern.group if isinstance(pattern, Unstructured) else "output"
+            group = self.patterns[layer.name].group
             key: object = {"model": "model", "block": self.blocks[layer.name]}.get(group, layer)
             groups.setdefault(key, []).append(layer)
         return list(groups.values())
@@ -230,16 +229,17 @@ def _refiners(refine: Refine, layers: Sequence[Layer]) -> dict[str, list[MaskRef
 
 def _check_together(method: Method, schedule: Schedule) -> None:
     pattern = next(iter(method.patterns.values()))
-    group = pattern.group if isinstance(pattern, Unstructured) else "output"
-    check_group(group, schedule)
+    check_group(pattern.group, schedule)
     if method.update is not None and method.update.chooses_mask:
         if method.refiners:
             raise ValueError(f"{method.update} chooses its own mask: refine=None goes with it")
         if isinstance(pattern, NM) and pattern.permute:
             raise ValueError(f"{method.update} has no score to permute channels by: permute=False")
-        if group in ("block", "model"):
-            raise ValueError(f"{method.update} works layer by layer: group {group!r} does not")
-    elif method.score.scales_rows_only and pattern.within_rows:
+        if pattern.group in ("block", "model"):
+            raise ValueError(
+                f"{method.update} works layer by layer: group {pattern.group!r} does not"
+            )
+    elif method.score.scales_rows_only and pattern.group == "output":
         warnings.warn(
             f"{method.score} scales whole rows, which decides nothing where only weights of one "
             f"row compete: the mask is that of Magnitude; use group='layer'",

@@ -318,16 +318,20 @@ class _Run:
         if update is not None:
             updated, mask = update(weight, mask, statistics, pattern)
             first = mask if update.chooses_mask else first
+        deltas = [weight.masked_fill(first, 0)]
+        if mask is not first:
+            deltas.append(weight.masked_fill(mask, 0))
+        if updated is not None:
+            deltas.append(weight - updated)
+        errors = _relative_errors(weight, deltas, statistics)
         report = LayerReport(
             name=layer.name,
             shape=(weight.shape[0], weight.shape[1]),
             asked=pattern.sparsity,
             sparsity=int((~mask).sum()) / mask.numel(),
-            error=_relative_error(weight, weight.masked_fill(first, 0), statistics),
-            error_refined=_relative_error(weight, weight.masked_fill(mask, 0), statistics),
-            error_updated=None
-            if updated is None
-            else _relative_error(weight, weight - updated, statistics),
+            error=errors[0],
+            error_refined=errors[0 if mask is first else 1],
+            error_updated=None if updated is None else errors[-1],
             swaps=int((mask & ~first).sum()),
             tokens=0 if statistics.input is None else int(statistics.input.tokens),
             seconds=time.perf_counter() - start,
@@ -374,11 +378,14 @@ def call_model(model: nn.Module, batch: Any) -> object:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def _relative_error(weight: Tensor, delta: Tensor, statistics: Statistics) -> float | None:
+def _relative_errors(
+    weight: Tensor, deltas: Sequence[Tensor], statistics: Statistics
+) -> list[float] | list[None]:
+    """Expected squared error of each change, relative to the output's expected square."""
     if statistics.input is None:
-        return None
-    lost = statistics.squared_error(delta).sum()
-    return float(lost / statistics.squared_error(weight).sum().clamp_min(1e-30))
+        return [None] * len(deltas)
+    whole = statistics.squared_error(weight).sum().clamp_min(1e-30)
+    return [float(statistics.squared_error(delta).sum() / whole) for delta in deltas]
 
 
 def _warn_of(names: Sequence[str], what: str) -> None:

@@ -241,8 +241,6 @@ def _real(x: Tensor, valid: Tensor) -> Tensor:
     """The tokens that are no padding, also where a model has laid all sequences end to end."""
     if valid.numel() != math.prod(x.shape[:-1]):
         return x
-    if valid.shape == x.shape[:-1] and valid.all():
-        return x
     return x.reshape(-1, x.shape[-1])[valid.flatten()]
 
 

@@ -25,6 +25,9 @@ class Pattern(ABC):
 
     sparsity: float
 
+    group: Group = "output"
+    """The widest that competes: an N:M group lies within the weights of one output channel."""
+
     @abstractmethod
     def check(self, shape: torch.Size) -> None:
         """Raise ``ValueError`` if a weight of this shape can't have the pattern."""
@@ -40,11 +43,6 @@ class Pattern(ABC):
     @abstractmethod
     def pruned(self, group_size: int) -> int:
         """How many weights of a group are pruned."""
-
-    @property
-    @abstractmethod
-    def within_rows(self) -> bool:
-        """Whether only weights of one row ever compete."""
 
     @abstractmethod
     def span(self) -> int | None:
@@ -129,11 +127,6 @@ class Unstructured(Pattern):
         # the guard is for products such as 100 · 0.29 = 28.999999999999996
         return math.floor(group_size * self.sparsity + 1e-9)
 
-    @property
-    def within_rows(self) -> bool:
-        """See `Pattern`."""
-        return self.group == "output"
-
     def span(self) -> int | None:
         """See `Pattern`."""
         if self.group == "input":
@@ -195,11 +188,6 @@ class NM(Pattern):
     def sparsity(self) -> float:  # type: ignore[override]
         """Fraction of zeros."""
         return 1 - self.n / self.m
-
-    @property
-    def within_rows(self) -> bool:
-        """See `Pattern`."""
-        return True
 
     def span(self) -> int | None:
         """See `Pattern`."""

@@ -15,8 +15,7 @@ from torch import Tensor
 from symprune_lightning.functional.refiners.base import MaskRefiner
 from symprune_lightning.functional.refiners.swaps import (
     ExactError,
-    group_pairs,
-    row_pairs,
+    candidate_pairs,
     swap_mean_error,
 )
 from symprune_lightning.functional.scores import relative_importance
@@ -81,10 +80,9 @@ class DSnoT(MaskRefiner):
         prune_key = weight.abs() * moments.norm.to(weight.dtype)
         if self.reference and span is not None:
             return self._reference_groups(mask, contribution, grow_key, prune_key, span)
-        keys = (grow_key, prune_key, mask, contribution, self.cycles)
         return swap_mean_error(
             mask,
-            row_pairs(*keys) if span is None else group_pairs(*keys, span),
+            candidate_pairs(grow_key, prune_key, mask, contribution, self.cycles, span),
             contribution,
             cycles=self.cycles,
             threshold=self.threshold,
@@ -197,13 +195,13 @@ class R2DSnoT(MaskRefiner):
     ) -> Tensor:
         """See `MaskRefiner`."""
         contribution = weight * statistics.input_moments.mean.to(weight.dtype)
-        keys = (*self._keys(weight, statistics), mask, contribution, self.cycles)
+        grow_key, prune_key = self._keys(weight, statistics)
         exact = None
         if self.guard == "gram":
             exact = ExactError(weight, mask, statistics.gram_matrix)
         return swap_mean_error(
             mask,
-            row_pairs(*keys) if span is None else group_pairs(*keys, span),
+            candidate_pairs(grow_key, prune_key, mask, contribution, self.cycles, span),
             contribution,
             cycles=self.cycles,
             threshold=self.threshold,

@@ -26,7 +26,30 @@ class Pairs:
     count: Tensor
 
 
-def row_pairs(
+def candidate_pairs(
+    grow_key: Tensor,
+    prune_key: Tensor,
+    mask: Tensor,
+    contribution: Tensor,
+    most: int,
+    span: int | None,
+) -> Pairs:
+    """Pairs by what the growing rule maximises and the pruning rule minimises.
+
+    Args:
+        grow_key: ``(rows, columns)``; the largest is grown first.
+        prune_key: Same shape; the smallest is pruned first.
+        mask: True = kept.
+        contribution: ``C = W·mean``.
+        most: Pairs on each side.
+        span: Pairs stay inside groups of so many inputs; ``None`` for the whole row.
+    """
+    if span is None:
+        return _row_pairs(grow_key, prune_key, mask, contribution, most)
+    return _group_pairs(grow_key, prune_key, mask, contribution, most, span)
+
+
+def _row_pairs(
     grow_key: Tensor, prune_key: Tensor, mask: Tensor, contribution: Tensor, most: int
 ) -> Pairs:
     """The best weight to grow with the best to prune, the second with the second, and so on."""
@@ -40,7 +63,7 @@ def row_pairs(
     return Pairs(*(torch.stack(x, 1) for x in zip(*sides, strict=True)))
 
 
-def group_pairs(
+def _group_pairs(
     grow_key: Tensor, prune_key: Tensor, mask: Tensor, contribution: Tensor, most: int, span: int
 ) -> Pairs:
     """In each group of ``span`` inputs the best to grow with the best to prune; best grown first.
