@@ -16,7 +16,7 @@ LIGHTNING = {"lightning", "torch", "torchmetrics", "transformers", "datasets", "
 CORE = {f"{PACKAGE}.functional", f"{PACKAGE}.engine"}
 ALLOWED = {
     "functional": {"torch", "scipy", f"{PACKAGE}.functional"},
-    "engine": {"torch", "torchmetrics", "greenlet", *CORE},
+    "engine": {"torch", "greenlet", *CORE},
     "display": {"rich", *CORE},
     "pretrained": {"torch", "transformers"},
     "callbacks": LIGHTNING | CORE | {f"{PACKAGE}.display"},
@@ -67,3 +67,11 @@ def test_only_parallel_names_torch_distributed(path: Path) -> None:
 
 def test_every_room_is_in_the_table() -> None:
     assert {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES} == set(ALLOWED)
+
+
+def test_only_one_file_names_torch_distributed():
+    for path in FILES:
+        names = {n for n in imported(path) if n.startswith("torch.distributed")}
+        text = path.read_text()
+        named = names or "from torch import distributed" in text or "torch.distributed." in text
+        assert not named or path.name == "parallel.py", path

@@ -6,7 +6,8 @@ import torch
 from rich.console import Console
 
 from symprune_lightning.display import layer_bar, summary
-from symprune_lightning.engine.prune import PruneResult, prune_model
+from symprune_lightning.engine.prune import prune_model
+from symprune_lightning.engine.result import PruneResult
 from tests.models import batches, build
 
 

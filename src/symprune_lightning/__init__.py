@@ -11,7 +11,9 @@ Example:
 from symprune_lightning.callbacks import PruningCallback, SymPrune
 from symprune_lightning.datamodule import CalibrationDataModule, TextSource
 from symprune_lightning.engine.method import PruningWarning
-from symprune_lightning.engine.prune import LayerReport, PruneResult, PruningError, prune_model
+from symprune_lightning.engine.parallel import RankError, Ranks
+from symprune_lightning.engine.prune import prune_model
+from symprune_lightning.engine.result import LayerReport, PruneResult, PruningError
 from symprune_lightning.functional.allocation import OWL, Allocation, Progression, Uniform
 from symprune_lightning.functional.patterns import NM, Pattern, Unstructured
 from symprune_lightning.functional.refiners import DSnoT, ExactSwap, MaskRefiner, R2DSnoT
@@ -58,6 +60,8 @@ __all__ = [
     "PruningError",
     "PruningWarning",
     "R2DSnoT",
+    "RankError",
+    "Ranks",
     "Score",
     "SparseGPT",
     "Statistics",

@@ -17,7 +17,8 @@ from torch import nn
 from symprune_lightning.display import layer_bar, summary
 from symprune_lightning.engine.layers import LM_HEAD
 from symprune_lightning.engine.method import Refine, check_group, refiners_of
-from symprune_lightning.engine.prune import Progress, PruneResult, call_model, prune_model
+from symprune_lightning.engine.prune import call_model, prune_model
+from symprune_lightning.engine.result import Progress, PruneResult
 from symprune_lightning.engine.schedule import Forward, Schedule, check_schedule
 from symprune_lightning.functional.allocation import Allocation
 from symprune_lightning.functional.naming import by_name

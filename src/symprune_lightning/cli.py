@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from symprune_lightning.callbacks import PruningCallback
 from symprune_lightning.datamodule import CalibrationDataModule
-from symprune_lightning.engine.prune import PruningError
+from symprune_lightning.engine.result import PruningError
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
 

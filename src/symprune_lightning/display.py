@@ -17,8 +17,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from symprune_lightning.engine.prune import LayerReport, PruneResult
-from symprune_lightning.engine.prune import Progress as OnLayer
+from symprune_lightning.engine.result import LayerReport, PruneResult
+from symprune_lightning.engine.result import Progress as OnLayer
 
 
 @contextmanager

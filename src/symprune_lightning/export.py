@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from symprune_lightning.engine.prune import PruneResult
+from symprune_lightning.engine.result import PruneResult
 
 MANIFEST = "sparsity_manifest.json"
 

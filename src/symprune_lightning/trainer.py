@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from symprune_lightning.callbacks import PruningCallback, When, pruning_target
 from symprune_lightning.datamodule import CalibrationDataModule
-from symprune_lightning.engine.prune import PruneResult
+from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.export import check_destination, manifest_of, save_checkpoint
 from symprune_lightning.module import CausalLMModule
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from symprune_lightning.engine.prune import PruningError, prune_model
+from symprune_lightning.engine.prune import prune_model
+from symprune_lightning.engine.result import PruningError
 from symprune_lightning.functional.refiners import DSnoT, ExactSwap, R2DSnoT
 from symprune_lightning.functional.scores import RIA
 from tests.models import LANGUAGE, batches, build, mlp

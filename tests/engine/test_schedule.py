@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from symprune_lightning.engine.method import PruningWarning
-from symprune_lightning.engine.prune import PruningError, prune_model
+from symprune_lightning.engine.prune import prune_model
+from symprune_lightning.engine.result import PruningError
 from symprune_lightning.engine.schedule import SuspendedForward
 from tests.models import batches, build, mlp
 
@@ -271,7 +272,7 @@ def test_stations_are_in_model_order():
 
     layers = prunable_layers(model)
     for schedule, count in (("layer", 14), ("block", 2), ("dense", 0)):
-        suspended = SuspendedForward(model, layers, Recorder([]), lambda x: None, schedule)
+        suspended = SuspendedForward(model, layers, Recorder([], layers), lambda x: None, schedule)
         assert len(suspended.stations) == count
         listed = [x.name for station in suspended.stations.values() for x in station]
         assert listed == ([x.name for x in layers] if count else [])

@@ -15,7 +15,7 @@ from symprune_lightning.functional.allocation import (
 from symprune_lightning.functional.statistics import Moments, Statistics
 
 
-def shares(sizes, outliers=()):
+def shares(sizes, outliers=(), allocation=OWL()):  # noqa: B008
     found = []
     for i, size in enumerate(sizes):
         weight = torch.ones(size, 20)
@@ -27,8 +27,9 @@ def shares(sizes, outliers=()):
                 weights=weight.numel(),
                 block=i,
                 depth=i / max(1, len(sizes) - 1),
-                weight=weight,
-                statistics=Statistics(input=Moments.of(torch.ones(4, 20))),
+                measured=allocation.measure(
+                    weight, Statistics(input=Moments.of(torch.ones(4, 20)))
+                ),
             )
         )
     return found
@@ -42,7 +43,7 @@ def shares(sizes, outliers=()):
     sparsity=st.sampled_from([0.0, 0.1, 0.5, 0.6, 0.95]),
 )
 def test_total_is_met_and_no_layer_is_out_of_range(allocation, sizes, sparsity):
-    layers = shares(sizes, outliers=(0, 2))
+    layers = shares(sizes, (0, 2), allocation)
     levels = allocation(layers, sparsity)
     total = sum(levels[s.name] * s.weights for s in layers) / sum(s.weights for s in layers)
     assert total == pytest.approx(sparsity, abs=1e-9)
@@ -55,7 +56,7 @@ def test_progression_is_arithmetic():
 
 
 def test_owl_spares_blocks_with_outliers():
-    levels = OWL(lamda=0.08)(shares([10] * 4, outliers=(1,)), 0.6)
+    levels = OWL(lamda=0.08)(shares([10] * 4, (1,)), 0.6)
     assert levels["layer1"] == min(levels.values())
     spread = max(levels.values()) - min(levels.values())
     assert spread == pytest.approx(0.16)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from symprune_lightning.engine.parallel import gathered, local, local_part
 from symprune_lightning.functional.statistics import at_least_float32
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class Layer:
 
     def read(self) -> Tensor:
         """``W``, shape ``(out_features, in_features)``, float32 at least."""
-        weight = self.parameter.detach()
+        weight = gathered(self.parameter.detach())
         return at_least_float32(weight.T if self.transposed else weight)
 
     @torch.no_grad()
@@ -62,7 +63,8 @@ class Layer:
         Args:
             mask: Bool, ``(out_features, in_features)``, True = kept.
         """
-        self.parameter.masked_fill_(~(mask.T if self.transposed else mask), 0)
+        kept = local_part(mask.T if self.transposed else mask, self.parameter)
+        local(self.parameter).masked_fill_(~kept, 0)
 
     @torch.no_grad()
     def write_(self, weight: Tensor) -> None:
@@ -71,7 +73,8 @@ class Layer:
         Args:
             weight: ``(out_features, in_features)``, rounded to the module's dtype.
         """
-        self.parameter.copy_(weight.T if self.transposed else weight)
+        values = weight.T if self.transposed else weight
+        local(self.parameter).copy_(local_part(values, self.parameter))
 
 
 def prunable_layers(

@@ -89,9 +89,19 @@ class Method:
                 scores.append(score.masked_fill(weight == 0, -torch.inf))
         return scores
 
-    def first_masks(self, layers: Sequence[Layer], scores: Sequence[Tensor]) -> list[Tensor]:
-        """Masks by score of layers that compete, before any refining. Zeros stay pruned."""
+    def first_masks(
+        self, layers: Sequence[Layer], scores: Sequence[Tensor], rows: Sequence[slice]
+    ) -> list[Tensor]:
+        """Masks by score of some rows of layers that compete, before any refining.
+
+        Zeros stay pruned.
+        """
         pattern = self.patterns[layers[0].name]
+        if pattern.group == "output":
+            return [
+                self.patterns[layer.name].mask(score[part]) & score[part].isfinite()
+                for layer, score, part in zip(layers, scores, rows, strict=True)
+            ]
         if len(layers) == 1:
             masks = [pattern.mask(scores[0])]
         else:
@@ -99,7 +109,8 @@ class Method:
             kept = keep_highest(together, pattern.pruned(together.shape[1]))[0]
             parts = torch.split(kept, [score.numel() for score in scores])
             masks = [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
-        return [mask & score.isfinite() for mask, score in zip(masks, scores, strict=True)]
+        together_with = zip(masks, scores, rows, strict=True)
+        return [(mask & score.isfinite())[part] for mask, score, part in together_with]
 
     def order(self, layer: Layer, score: Tensor) -> Tensor | None:
         """Order of the inputs in which the layer is pruned, if its pattern looks for one."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable
-from copy import deepcopy
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from symprune_lightning.engine.layers import Layer
+from symprune_lightning.engine.parallel import ALONE, Ranks, gathered, local
 from symprune_lightning.functional.statistics import (
     Moments,
     Need,
@@ -25,103 +24,98 @@ PANEL = 192
 """Rows of a Gram matrix that are computed together; fewer would skip more of what is symmetric."""
 
 
-class _Sums(Metric, ABC):
-    """Float64 totals over tokens that are summed over ranks; ``sums`` names them."""
+class _Sums(ABC):
+    """Float64 totals over tokens, so that merging is addition.
 
-    full_state_update = False
-    sums: ClassVar[tuple[str, ...]]
+    Args:
+        channels: Channels of what is measured.
+        device: Where the totals are.
+    """
 
-    def __init__(self) -> None:
-        super().__init__()
-        for name in self.sums:
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+    shapes: ClassVar[dict[str, int]]
+    """How many dimensions, all of ``channels``, each total has."""
 
-    def compute(self) -> tuple[Tensor, ...]:
-        """The totals over everything added, on every rank."""
-        return tuple(getattr(self, name) for name in self.sums)
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.totals = {
+            name: torch.zeros((channels,) * dims, dtype=torch.float64, device=device)
+            for name, dims in self.shapes.items()
+        }
+
+    def __add__(self, other: Self) -> Self:
+        both = type(self)(0)
+        both.totals = {name: total + other.totals[name] for name, total in self.totals.items()}
+        return both
+
+    @abstractmethod
+    def update(self, x: Tensor) -> None:
+        """Add activations of shape ``(..., tokens, channels)``."""
 
     @property
     @abstractmethod
     def value(self) -> Moments | Tensor:
-        """The statistic itself."""
+        """The statistic itself, over everything added."""
 
 
 class InputMoments(_Sums):
     """Running [`Moments`][symprune_lightning.functional.statistics.Moments].
 
     Example:
-        >>> metric = InputMoments()
-        >>> metric.update(torch.tensor([[[1.0], [3.0]]]))
-        >>> metric.value.mean.tolist()
+        >>> sums = InputMoments(channels=1)
+        >>> sums.update(torch.tensor([[[1.0], [3.0]]]))
+        >>> sums.value.mean.tolist()
         [2.0]
     """
 
-    sums = ("tokens", "total", "total_square")
-    tokens: Tensor
-    total: Tensor
-    total_square: Tensor
+    shapes: ClassVar[dict[str, int]] = {"tokens": 0, "total": 1, "total_square": 1}
 
     def update(self, x: Tensor) -> None:
-        """Add activations of shape ``(..., tokens, channels)``."""
+        """See `_Sums`."""
         moments = Moments.of(x)
-        self.tokens = self.tokens + moments.tokens
-        self.total = self.total + moments.total
-        self.total_square = self.total_square + moments.total_square
+        for name in self.totals:
+            self.totals[name] += getattr(moments, name)
 
     @property
     def value(self) -> Moments:
-        """The moments over everything added."""
-        tokens, total, total_square = self.compute()
-        # torchmetrics squeezes what has one element, and a layer may have one input
-        return Moments(tokens, total.reshape(-1), total_square.reshape(-1))
+        """The moments."""
+        return Moments(**self.totals)
 
 
 class SequenceVariance(_Sums):
     """Token-weighted mean of the population variance inside each sequence."""
 
-    sums = ("tokens", "total")
-    tokens: Tensor
-    total: Tensor
+    shapes: ClassVar[dict[str, int]] = {"tokens": 0, "total": 1}
 
     def update(self, x: Tensor) -> None:
-        """Add sequences of shape ``(..., tokens, channels)``."""
+        """See `_Sums`."""
         tokens, channels = x.shape[-2:]
         variance = x.double().var(-2, correction=0).reshape(-1, channels)
-        self.tokens = self.tokens + tokens * len(variance)
-        self.total = self.total + tokens * variance.sum(0)
+        self.totals["tokens"] += tokens * len(variance)
+        self.totals["total"] += tokens * variance.sum(0)
 
     @property
     def value(self) -> Tensor:
         """Shape ``(channels,)``, float64."""
-        tokens, total = self.compute()
-        return total.reshape(-1) / tokens
+        return self.totals["total"] / self.totals["tokens"]
 
 
 class GramMatrix(_Sums):
     """Running ``G = E[x xᵀ]``; costs tokens · channels² and channels² of memory."""
 
-    sums = ("tokens", "total")
-    tokens: Tensor
-    total: Tensor
+    shapes: ClassVar[dict[str, int]] = {"tokens": 0, "total": 2}
 
     def update(self, x: Tensor) -> None:
-        """Add activations of shape ``(..., tokens, channels)``."""
+        """See `_Sums`."""
         flat = at_least_float32(x.reshape(-1, x.shape[-1]))
-        channels = flat.shape[1]
-        upper = torch.zeros(channels, channels, dtype=torch.float64, device=x.device)
-        for start in range(0, channels, PANEL):  # the lower triangle is the same
+        self.totals["tokens"] += len(flat)
+        for start in range(0, flat.shape[1], PANEL):  # the lower triangle is the same
             panel = flat[:, start : start + PANEL]
-            upper[start : start + PANEL, start:] = panel.T @ flat[:, start:]
-        self.tokens = self.tokens + len(flat)
-        self.total = self.total + upper
+            self.totals["total"][start : start + PANEL, start:] += panel.T @ flat[:, start:]
 
     @property
     def value(self) -> Tensor:
         """Shape ``(channels, channels)``, float64."""
-        tokens, total = self.compute()
-        size = math.isqrt(total.numel())
-        upper = total.reshape(size, size).triu()
-        return (upper + upper.triu(1).T) / tokens
+        upper = self.totals["total"].triu()
+        return (upper + upper.triu(1).T) / self.totals["tokens"]
 
 
 class LastInput:
@@ -133,8 +127,11 @@ class LastInput:
         self.source = ""
 
     def is_(self, x: Tensor) -> bool:
-        """Whether ``x`` is that very tensor, not written to since."""
-        return self._x is x and self._version == _version(x)
+        """Whether ``x`` is that very tensor, or a view of all of it, not written to since."""
+        if self._x is None or self._version != _version(x):
+            return False
+        # it is kept alive, so no other tensor can be at the same place
+        return _place(self._x) == _place(x)
 
     def set(self, x: Tensor, source: str) -> None:
         """Remember ``x`` as measured for the layer ``source``."""
@@ -146,9 +143,14 @@ class Recorder:
 
     Args:
         needs: What to collect, the union of what the methods declare.
+        layers: The layers that may be measured.
+        ranks: The processes over which sums are taken. They must all ask for the same layers'
+            statistics in the same order.
     """
 
-    def __init__(self, needs: Iterable[Need]) -> None:
+    def __init__(
+        self, needs: Iterable[Need], layers: Sequence[Layer], ranks: Ranks = ALONE
+    ) -> None:
         inputs: dict[Need, type[_Sums]] = {
             "input": InputMoments,
             "sequence_variance": SequenceVariance,
@@ -157,9 +159,13 @@ class Recorder:
         needs = set(needs)
         self._kinds = {need: kind for need, kind in inputs.items() if need in needs}
         self._measures_output = "output" in needs
-        self._metrics: dict[str, dict[Need, _Sums]] = {}
+        self._ranks = ranks
+        self._layers = {layer.name: layer for layer in layers}
+        self._index = {layer.name: i for i, layer in enumerate(layers)}
+        self._sums: dict[str, dict[Need, _Sums]] = {}
         self._outputs: dict[str, InputMoments] = {}
         self._sources: defaultdict[str, set[str]] = defaultdict(set)
+        self._joined: dict[tuple[str, ...], dict[Need, _Sums]] = {}
         self._done: set[str] = set()
 
     def observe(self, layer: Layer, x: Tensor, last: LastInput, valid: Tensor | None) -> None:
@@ -176,40 +182,51 @@ class Recorder:
             self._observe(layer, x, last, valid)
 
     def _observe(self, layer: Layer, x: Tensor, last: LastInput, valid: Tensor | None) -> None:
-        tokens = x if valid is None else _real(x, valid)
-        if not tokens.numel():
+        if not x.numel():
             return  # an expert that no token was sent to has not been reached
-        if not last.is_(x):
-            if layer.name not in self._metrics:
-                self._metrics[layer.name] = {k: m().to(x.device) for k, m in self._kinds.items()}
-            for metric in self._metrics[layer.name].values():
-                metric.update(tokens)
-            last.set(x, layer.name)
+        known = last.is_(local(x))
+        if known and not self._measures_output:
+            self._sources[layer.name].add(last.source)
+            return
+        tokens = gathered(x) if valid is None else _real(gathered(x), valid)
+        if not tokens.numel():
+            return
+        if not known:
+            sums = self._sums.setdefault(layer.name, self._zeros(layer, tokens.device))
+            for each in sums.values():
+                each.update(tokens)
+            last.set(local(x), layer.name)
         self._sources[layer.name].add(last.source)
         if self._measures_output:
-            output = self._outputs.setdefault(layer.name, InputMoments().to(x.device))
             weight = layer.read()
-            output.update(tokens.to(weight.dtype) @ weight.T)
+            if layer.name not in self._outputs:
+                self._outputs[layer.name] = InputMoments(len(weight), tokens.device)
+            self._outputs[layer.name].update(tokens.to(weight.dtype) @ weight.T)
 
     def seen(self, layer: str) -> bool:
-        """Whether any batch has reached the layer."""
-        return layer in self._sources
+        """Whether any batch of any process has reached the layer."""
+        mine = {self._index[source] for source in self._sources.get(layer, ())}
+        return bool(self._ranks.union(mine, len(self._index)))
 
-    def statistics(self, layer: str) -> Statistics:
-        """What was measured of a layer so far, summed over ranks.
+    def statistics(self, name: str) -> Statistics:
+        """What was measured of a layer so far, summed over processes.
 
         Raises:
             ValueError: The layer's input holds NaN or infinite values.
         """
-        measured: dict[str, Any] = {need: self._merged(layer, need).value for need in self._kinds}
+        layer = self._layers[name]
+        measured: dict[str, Any] = {need: s.value for need, s in self._summed(layer).items()}
         if self._measures_output:
-            measured["output"] = self._outputs[layer].value
-        statistics = Statistics(layer=layer, **measured)
+            output = InputMoments(layer.shape[0], layer.parameter.device)
+            output += self._outputs.get(name, output)
+            self._ranks.sum_(output.totals.values())
+            measured["output"] = output.value
+        statistics = Statistics(layer=name, **measured)
         moments = statistics.input
         if moments is not None and not moments.total_square.isfinite().all():
             channel = int((~moments.total_square.isfinite()).nonzero()[0])
             raise ValueError(
-                f"the input of layer {layer} holds NaN or infinite values (channel {channel}); "
+                f"the input of layer {name} holds NaN or infinite values (channel {channel}); "
                 f"check the model's precision (float16 overflows: try bfloat16 or float32) and "
                 f"the calibration data"
             )
@@ -221,20 +238,32 @@ class Recorder:
         Not at once, since the layer that comes next may share their input.
         """
         needed = {s for n, sources in self._sources.items() if n not in self._done for s in sources}
-        self._metrics = {k: v for k, v in self._metrics.items() if k in needed}
+        self._sums = {k: v for k, v in self._sums.items() if k in needed}
+        self._joined = {k: v for k, v in self._joined.items() if needed.intersection(k)}
         self._outputs = {k: v for k, v in self._outputs.items() if k not in self._done}
         self._done.update(layers)
 
-    def _merged(self, layer: str, need: Need) -> _Sums:
-        """The metric that holds a layer's input; almost always one, shared or the layer's own."""
-        first, *others = sorted(self._sources[layer])
-        metric = self._metrics[first][need]
-        if others:
-            # only a model that shares an input in some batches and not in others comes here
-            metric = deepcopy(metric)
-            for other in others:
-                metric.merge_state(self._metrics[other][need])
-        return metric
+    def _zeros(self, layer: Layer, device: torch.device) -> dict[Need, _Sums]:
+        return {need: kind(layer.shape[1], device) for need, kind in self._kinds.items()}
+
+    def _summed(self, layer: Layer) -> dict[Need, _Sums]:
+        """The layer's sums over all its sources and all processes, made once for each input.
+
+        There is almost always one source, the layer's own or one that it shares. More than one are
+        there if a model shares an input in some batches and not in others.
+        """
+        mine = {self._index[source] for source in self._sources.get(layer.name, ())}
+        names = list(self._layers)
+        key = tuple(names[i] for i in self._ranks.union(mine, len(names)))
+        if key not in self._joined:
+            joined = self._zeros(layer, layer.parameter.device)
+            for source in key:
+                for need, sums in self._sums.get(source, {}).items():
+                    joined[need] += sums
+            for sums in joined.values():
+                self._ranks.sum_(sums.totals.values())
+            self._joined[key] = joined
+        return self._joined[key]
 
 
 def _real(x: Tensor, valid: Tensor) -> Tensor:
@@ -246,3 +275,7 @@ def _real(x: Tensor, valid: Tensor) -> Tensor:
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
+
+
+def _place(x: Tensor) -> tuple[object, ...]:
+    return x.data_ptr(), x.dtype, x.shape, x.stride()

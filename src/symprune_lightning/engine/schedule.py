@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from symprune_lightning.engine.layers import Layer, decoder_blocks, is_linear
+from symprune_lightning.engine.parallel import ALONE, Ranks
 from symprune_lightning.engine.recorder import LastInput, Recorder
+from symprune_lightning.engine.residence import Residence
 
 Schedule = Literal["layer", "block", "dense"]
 """When a layer is pruned.
@@ -44,6 +47,16 @@ def check_schedule(schedule: str) -> None:
         raise ValueError(f"schedule is {schedule!r}; choose one of {', '.join(get_args(Schedule))}")
 
 
+@dataclass(frozen=True)
+class _Entrance:
+    """The station before a block that is not in memory yet."""
+
+    block: nn.Module
+
+
+Station = nn.Module | _Entrance
+
+
 class _Batch(greenlet.greenlet):
     """One batch on its way through the model."""
 
@@ -54,9 +67,9 @@ class _Batch(greenlet.greenlet):
         self.last_input = LastInput()
         self.measuring = False
         self.leaving = False
-        self.station: nn.Module | None = None
+        self.station: Station | None = None
 
-    def wait_at(self, station: nn.Module) -> None:
+    def wait_at(self, station: Station) -> None:
         """Hand control to the scheduler until the station is pruned."""
         self.station = station
         modes = _thread_modes()
@@ -69,12 +82,17 @@ class _Batch(greenlet.greenlet):
 class SuspendedForward:
     """Runs batches through a model and prunes each layer when its statistics are complete.
 
+    Several processes do so together: each has batches of its own, and all move from station to
+    station in step, also one whose batches never come there.
+
     Args:
         model: The model, in the state (mode, device) in which it is to be run.
         layers: The layers to prune, in the order that breaks ties between waiting batches.
         recorder: Collects the statistics.
         prune: Called with layers whose statistics are complete. Must set their weights.
         schedule: When that is.
+        ranks: The processes that prune together.
+        residence: Where weights are, if not in memory all the time.
     """
 
     def __init__(
@@ -84,68 +102,112 @@ class SuspendedForward:
         recorder: Recorder,
         prune: Callable[[Sequence[Layer]], None],
         schedule: Schedule = "layer",
+        ranks: Ranks = ALONE,
+        residence: Residence | None = None,
     ) -> None:
         self.model = model
         self.layers = {layer.module: layer for layer in layers}
         self.recorder = recorder
         self.prune = prune
         self.schedule = schedule
+        self.ranks = ranks
+        self.residence = residence
+        self.inside: nn.Module | None = None
+        """The block that is in memory."""
         self.stations = self._stations()
-        self.todo = dict.fromkeys(self.stations)
-        """The stations that are not pruned yet; an ordered set."""
+        self.order: list[Station] = self._in_order()
+        self.todo = dict.fromkeys(self.order)
+        """The stations that are not done yet; an ordered set."""
         self.late: set[str] = set()
         """Layers that a batch came to after they had been pruned."""
 
-    def run(self, batches: Iterable[Any], forward: Forward) -> int:
+    def run(self, batches: Iterable[Any], forward: Forward) -> bool:
         """Run all batches and prune.
 
         Returns:
-            The number of batches.
+            Whether there were any batches, on any process.
         """
         on_the_way: list[_Batch] = []
-        with self._hooks():
-            try:
-                count = self._start(batches, forward, on_the_way)
-                while waiting := [b for b in on_the_way if not b.dead]:
-                    self._advance(waiting)
-            finally:
-                for batch in on_the_way:
-                    _end(batch)
-        if self.schedule == "dense":
-            self.prune([layer for layer in self.layers.values() if self.recorder.seen(layer.name)])
-        return count
+        complete = False
+        if self.residence is not None:
+            self.residence.open()
+        try:
+            with self._hooks():
+                try:
+                    count, error = self._start(batches, forward, on_the_way)
+                    while (station := self._next(on_the_way, error)) is not None:
+                        error = self._advance(station, on_the_way)
+                finally:
+                    for batch in on_the_way:
+                        _end(batch)
+            if self.schedule == "dense":
+                self.prune([x for x in self.layers.values() if self.recorder.seen(x.name)])
+            complete = True
+        finally:
+            if self.residence is not None:
+                if complete and self.inside is not None:
+                    self.residence.leave(self.inside)
+                self.residence.close(complete=complete)
+        return bool(self.ranks.union([0] if count else [], 1))
 
-    def _start(self, batches: Iterable[Any], forward: Forward, on_the_way: list[_Batch]) -> int:
+    def _start(
+        self, batches: Iterable[Any], forward: Forward, on_the_way: list[_Batch]
+    ) -> tuple[int, Exception | None]:
         """Send every batch to its first station; one that never waits is over at once."""
         count = 0
-        for data in batches:
-            batch = _Batch(partial(forward, self.model, data), _valid_tokens(data))
-            batch.measuring = self.schedule == "dense"
-            on_the_way.append(batch)
-            _resume(batch)
-            if batch.dead:
-                on_the_way.pop()
-            count += 1
-        return count
-
-    def _advance(self, waiting: Sequence[_Batch]) -> None:
-        """Prune the first station that batches wait at, and let these go on."""
-        arrived_at = {batch.station for batch in waiting}
-        station = next(s for s in self.todo if s in arrived_at)
-        here = [batch for batch in waiting if batch.station is station]
-        self.prune([layer for layer in self.stations[station] if self.recorder.seen(layer.name)])
-        del self.todo[station]
-        for batch in here:
-            # behind the last station nothing is left to learn: no output projection; but one batch
-            # goes on as far as that, in case the model comes to a pruned layer again
-            batch.leaving = not self.todo
-            if self.todo or batch is here[0]:
+        try:
+            for data in batches:
+                batch = _Batch(partial(forward, self.model, data), _valid_tokens(data))
+                batch.measuring = self.schedule == "dense"
+                on_the_way.append(batch)
                 _resume(batch)
-            else:
-                _end(batch)
+                if batch.dead:
+                    on_the_way.pop()
+                count += 1
+        except Exception as error:  # told to the other processes at the next station
+            return count, error
+        return count, None
+
+    def _next(self, on_the_way: list[_Batch], error: Exception | None) -> Station | None:
+        """The first station at which batches wait, on any process; ``None`` if none waits."""
+        on_the_way[:] = [batch for batch in on_the_way if not batch.dead]
+        waited_at = {batch.station for batch in on_the_way}
+        here = (i for i, station in enumerate(self.order) if station in waited_at)
+        index = self.ranks.least(next(here, len(self.order)), error)
+        return None if index == len(self.order) else self.order[index]
+
+    def _advance(self, station: Station, on_the_way: Sequence[_Batch]) -> Exception | None:
+        """Do what is due at a station, and let the batches that wait there go on."""
+        if isinstance(station, _Entrance):
+            self._enter(station.block)
+        else:
+            self.prune([x for x in self.stations[station] if self.recorder.seen(x.name)])
+        self.todo.pop(station, None)
+        here = [batch for batch in on_the_way if batch.station == station]
+        try:
+            for batch in here:
+                # behind the last station nothing is left to learn: no output projection; but one
+                # batch goes on as far as that, in case the model comes to a pruned layer again
+                batch.leaving = not self.todo
+                if self.todo or batch is here[0]:
+                    _resume(batch)
+                else:
+                    _end(batch)
+        except Exception as error:  # told to the other processes at the next station
+            return error
+        return None
+
+    def _enter(self, block: nn.Module) -> None:
+        """Have this block in memory, and no other."""
+        assert self.residence is not None
+        if self.inside is not None:
+            self.residence.leave(self.inside)
+        self.inside = None
+        self.residence.enter(block)
+        self.inside = block
 
     def _stations(self) -> dict[nn.Module, list[Layer]]:
-        """Where batches wait, with the layers that are pruned there, in model order."""
+        """Where batches wait for layers to be pruned, with these layers, in model order."""
         if self.schedule == "dense":
             return {}
         station_of = {module: module for module in self.layers}
@@ -157,13 +219,29 @@ class SuspendedForward:
             stations.setdefault(station, []).append(self.layers[module])
         return stations
 
+    def _in_order(self) -> list[Station]:
+        """All stations in model order; the entrance of a block comes before what is in it."""
+        if self.residence is None:
+            return list(self.stations)
+        at = {module: i for i, module in enumerate(self.model.modules())}
+        order: list[Station] = [_Entrance(block) for block in self.residence.blocks]
+        order += self.stations
+        # the sort is stable, and the entrances are first in the list
+        return sorted(order, key=lambda x: at[x.block if isinstance(x, _Entrance) else x])
+
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        hooks = [(module, self._measure) for module in self.layers]
-        hooks += [(module, self._wait) for module in self.stations]
+        entered = self.residence.blocks if self.residence is not None else []
+        hooks = [(module, self._measure, False) for module in self.layers]
+        hooks += [(module, self._wait, False) for module in self.stations]
+        # before the hooks of FSDP, which would gather the block
+        hooks += [(module, self._wait_outside, True) for module in entered]
         spared = [m for m in self.model.modules() if is_linear(m) and m not in self.layers]
-        hooks += [(module, self._leave) for module in spared]
-        handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in hooks]
+        hooks += [(module, self._leave, False) for module in spared]
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+            for module, hook, first in hooks
+        ]
         try:
             yield
         finally:
@@ -176,9 +254,23 @@ class SuspendedForward:
             x = args[0] if args else kwargs["input"]
             self.recorder.observe(self.layers[module], x, batch.last_input, batch.valid)
 
+    def _wait_outside(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        batch = _current()
+        entrance = _Entrance(module)
+        if batch is None or module is self.inside:
+            return
+        if entrance not in self.todo:
+            raise ValueError(
+                f"the model comes to the same {type(module).__name__} twice, which is not "
+                f"supported for a model that is sharded or read block by block"
+            )
+        batch.wait_at(entrance)
+
     def _wait(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = _current()
-        if batch is None:
+        if batch is None or (batch.measuring and module not in self.layers):
             return
         if module not in self.todo:
             self.late.update(layer.name for layer in self.stations[module])
@@ -188,7 +280,7 @@ class SuspendedForward:
             # the dense block: only its layers' inputs count. It gets copies, since a block may
             # write to its input, and is run again
             copies = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
-            module.forward(*copies[0], **copies[1])
+            module(*copies[0], **copies[1])
             batch.measuring = False
         batch.wait_at(module)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,16 +25,14 @@ class Share:
         weights: How many weights it has.
         block: Index of its decoder block, in order.
         depth: 0 in the first block, 1 in the last.
-        weight: Dense ``W``, ``(out_features, in_features)``.
-        statistics: Of the dense model, with everything in the allocation's ``needs``.
+        measured: What the allocation's ``measure`` made of it.
     """
 
     name: str
     weights: int
     block: int
     depth: float
-    weight: Tensor
-    statistics: Statistics
+    measured: Any = None
 
 
 class Allocation(ABC):
@@ -59,6 +57,15 @@ class Allocation(ABC):
         weights = torch.tensor([share.weights for share in shares], dtype=torch.float64)
         levels = _shifted(wanted, weights / weights.sum(), sparsity)
         return {share.name: float(s) for share, s in zip(shares, levels, strict=True)}
+
+    def measure(self, weight: Tensor, statistics: Statistics) -> Any:
+        """What `divide` has to know of a dense layer; nothing, unless an allocation says.
+
+        Args:
+            weight: Dense ``W``, ``(out_features, in_features)``.
+            statistics: Of the dense model, with everything in ``needs``.
+        """
+        return None
 
     @abstractmethod
     def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
@@ -114,13 +121,17 @@ class OWL(Allocation):
     m: float = 5.0
     needs: ClassVar[frozenset[Need]] = frozenset({"input"})
 
+    def measure(self, weight: Tensor, statistics: Statistics) -> int:
+        """How many outliers the layer has."""
+        score = weight.abs() * statistics.input_moments.norm.to(weight.dtype)
+        return int((score > self.m * score.mean()).sum())
+
     def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
         """See `Allocation`."""
         counts: dict[int, list[int]] = {}
         for share in shares:
-            score = share.weight.abs() * share.statistics.input_moments.norm.to(share.weight.dtype)
             count = counts.setdefault(share.block, [0, 0])
-            count[0] += int((score > self.m * score.mean()).sum())
+            count[0] += share.measured
             count[1] += share.weights
         ratios = {block: outliers / total for block, (outliers, total) in counts.items()}
         least, most = min(ratios.values()), max(ratios.values())

@@ -324,10 +324,19 @@ class Diagonal(Score):
         return magnitude / per_row * a + magnitude / per_column * b[:, None]
 
 
-def relative_importance(weight: Tensor, p: float = 1.0) -> Tensor:
-    """``|W|/Lprow_q + |W|/Lpcol_r``, shape ``(out_features, in_features)``; 0 in an empty row."""
+def relative_importance(
+    weight: Tensor, p: float = 1.0, column_norm: Tensor | None = None
+) -> Tensor:
+    """``|W|/Lprow_q + |W|/Lpcol_r``, shape ``(out_features, in_features)``; 0 in an empty row.
+
+    Args:
+        weight: ``W``, or some of its rows if ``column_norm`` is given.
+        p: The norm; 0 takes it as 1.
+        column_norm: Norm of each column of the whole layer, ``(in_features,)``.
+    """
     magnitude = weight.abs()
-    return magnitude / _norm(magnitude, p, 1) + magnitude / _norm(magnitude, p, 0)
+    columns = _norm(magnitude, p, 0) if column_norm is None else _clamped(column_norm)
+    return magnitude / _norm(magnitude, p, 1) + magnitude / columns
 
 
 def _norm(magnitude: Tensor, p: float, dim: int) -> Tensor:

@@ -91,6 +91,8 @@ class Statistics:
         sequence_variance: Token-weighted mean of each sequence's own population variance, shape
             ``(in_features,)``. Only DSnoT's reference mode uses it.
         gram: ``G = E[x xᵀ]`` per token, ``(in_features, in_features)``, float64.
+        column_sum: ``L1col_r = Σ_q |W[q,r]|`` over all rows of the dense layer, ``(in_features,)``,
+            for refiners, which may be given some of its rows. ``None``: they are given all.
     """
 
     layer: str = ""
@@ -98,6 +100,7 @@ class Statistics:
     output: Moments | None = None
     sequence_variance: Tensor | None = None
     gram: Tensor | None = None
+    column_sum: Tensor | None = None
 
     @property
     def input_moments(self) -> Moments:
@@ -116,12 +119,13 @@ class Statistics:
 
     def permuted(self, order: Tensor) -> Statistics:
         """The statistics of the layer with its inputs in another order."""
-        variance, gram = self.sequence_variance, self.gram
+        variance, gram, total = self.sequence_variance, self.gram, self.column_sum
         return replace(
             self,
             input=None if self.input is None else self.input.permuted(order),
             sequence_variance=None if variance is None else variance[order],
             gram=None if gram is None else gram[order][:, order],
+            column_sum=None if total is None else total[order],
         )
 
     def squared_error(self, delta: Tensor) -> Tensor:

@@ -22,8 +22,12 @@ class MaskRefiner(ABC):
     ) -> Tensor:
         """Improve a mask.
 
+        Several processes share the work by rows, so a refiner looks at one row at a time; what it
+        has to know of the other rows is in ``statistics.column_sum``.
+
         Args:
-            weight: Dense ``W``, shape ``(out_features, in_features)``, float32 or float64.
+            weight: Dense ``W``, shape ``(out_features, in_features)``, float32 or float64, or some
+                of its rows.
             mask: Bool, same shape, True = kept. Not changed.
             statistics: What was measured of the layer, with everything in ``needs``.
             span: Swaps stay inside groups of so many consecutive inputs (``m`` for N:M); ``None``

@@ -214,7 +214,7 @@ class R2DSnoT(MaskRefiner):
         """What the growing rule maximises and what the pruning rule minimises."""
         moments, dtype = statistics.input_moments, weight.dtype
         magnitude = weight.abs()
-        relative = relative_importance(weight)
+        relative = relative_importance(weight, column_norm=statistics.column_sum)
         row_norm = magnitude.norm(self.p, dim=1, keepdim=True)
         penalty = magnitude / row_norm.clamp_min(torch.finfo(dtype).tiny)
         growing = relative if self.grow_relative else magnitude

@@ -1,0 +1,283 @@
+"""The processes that prune one model together: the only file that names torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from symprune_lightning.engine.residence import Residence
+
+T = TypeVar("T")
+
+MESSAGE = 2048
+"""Most bytes of an error's message that other processes are told."""
+
+
+class RankError(RuntimeError):
+    """Another process of the group has failed; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that prune one model together.
+
+    All of them call ``prune_model`` alike. Each runs its share of the batches; the statistics are
+    summed over all, each process refines its share of every layer's rows, and the masks are
+    exchanged, so that all end with the same.
+
+    Attributes:
+        rank: This process, from 0.
+        size: How many there are.
+        share: Which share of the batches it runs, from 0.
+        shares: How many shares there are; fewer than processes if some run the same one, as those
+            do that hold parts of the same layers (tensor parallel).
+        counts: Whether its statistics are counted: for one process of each share.
+        device: Where what is exchanged has to be: ``"cpu"`` for gloo, the GPU for NCCL.
+    """
+
+    rank: int = 0
+    size: int = 1
+    share: int = 0
+    shares: int = 1
+    counts: bool = True
+    device: str = "cpu"
+
+    @classmethod
+    def all(cls, share: int | None = None, shares: int | None = None) -> Ranks:
+        """All processes of the default group; a share of the batches each, unless told.
+
+        Args:
+            share: Which share of the batches this process runs.
+            shares: How many there are.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        rank, size = dist.get_rank(), dist.get_world_size()
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        if share is None or shares is None:
+            return cls(rank, size, rank, size, device=device)
+        first = torch.full((shares,), size, dtype=torch.int64, device=device)
+        first[share] = rank
+        dist.all_reduce(first, dist.ReduceOp.MIN)
+        return cls(rank, size, share, shares, counts=int(first[share]) == rank, device=device)
+
+    def deal(self, batches: Iterable[T]) -> Iterable[T]:
+        """This process's share of the batches: every one in turn, whole."""
+        return batches if self.shares == 1 else islice(batches, self.share, None, self.shares)
+
+    def rows(self, count: int) -> slice:
+        """Which of a layer's rows this process refines."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def whole(self, count: int) -> slice:
+        """All rows for the first process, none for the others: for work that can't be divided."""
+        return slice(0, count if self.rank == 0 else 0)
+
+    def sum_(self, totals: Iterable[Tensor]) -> None:
+        """Replace totals by their sums over all processes that count."""
+        if self.size == 1:
+            return
+        for total in totals:
+            mine = total if self.counts else torch.zeros_like(total)
+            total.copy_(self.added(mine))
+
+    def union(self, mine: Iterable[int], count: int) -> list[int]:
+        """The indices below ``count`` that any process has, in order."""
+        if self.size == 1:
+            return sorted(mine)
+        flags = torch.zeros(count, dtype=torch.uint8, device=self.device)
+        flags[list(mine)] = 1
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return flags.nonzero().flatten().tolist()
+
+    def least(self, value: int, error: Exception | None = None) -> int:
+        """The least value of any process.
+
+        Raises:
+            Exception: ``error``, if this process has failed.
+            RankError: Another process has failed.
+        """
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return value
+        told = torch.tensor(-1 if error is not None else value, device=self.device)
+        dist.all_reduce(told, dist.ReduceOp.MIN)
+        if int(told) < 0:
+            self._raise_together(error)
+        return int(told)
+
+    def check(self, error: Exception | None) -> None:
+        """Let all processes fail if one has: see ``least``."""
+        self.least(0, error)
+
+    def added(self, figures: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.size == 1:
+            return figures
+        moved = figures.to(self.device, copy=True)
+        dist.all_reduce(moved)
+        return moved
+
+    def join_rows(self, part: Tensor, rows: slice, count: int) -> Tensor:
+        """All rows of a matrix of which every process has some; bool travels as packed bits."""
+        if self.size == 1:
+            return part
+        data = _packed(part) if part.dtype == torch.bool else part
+        whole = torch.zeros(count, data.shape[1], dtype=data.dtype, device=self.device)
+        whole[rows] = data.to(self.device)
+        dist.all_reduce(whole)
+        whole = whole.to(part.device)
+        return _unpacked(whole, part.shape[1]) if part.dtype == torch.bool else whole
+
+    def check_same(self, weights: Sequence[Tensor]) -> None:
+        """Make sure that all processes hold the same values.
+
+        Raises:
+            RuntimeError: They don't.
+        """
+        if self.size == 1:
+            return
+        hashes = [torch.hash_tensor(weight).view(torch.int64) for weight in weights]
+        mine = torch.stack(hashes).to(self.device)
+        least, most = mine.clone(), mine
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        if not torch.equal(least, most):
+            raise RuntimeError(
+                "the processes hold different weights after pruning: did they start from the same "
+                "model, and are their devices of one kind?"
+            )
+
+    def _raise_together(self, error: Exception | None) -> None:
+        """Raise this process's own error, or say whose it is."""
+        failed = self.union([] if error is None else [self.rank], self.size)
+        text = torch.zeros(MESSAGE, dtype=torch.uint8, device=self.device)
+        if self.rank == failed[0]:
+            data = list(f"{type(error).__name__}: {error}".encode()[:MESSAGE])
+            text[: len(data)] = torch.tensor(data, dtype=torch.uint8)
+        dist.broadcast(text, failed[0])
+        if error is not None:
+            raise error
+        message = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
+        raise RankError(f"process {failed[0]} of {self.size} failed: {message}")
+
+
+ALONE = Ranks()
+"""One process."""
+
+
+class ShardedBlocks(Residence):
+    """A model sharded by FSDP2 (``fully_shard``): blocks are gathered one at a time.
+
+    Gathering is a collective, and FSDP does it whenever a batch comes to a block. Here it is done
+    when all processes are there instead, once for all batches, since these suspend inside the block
+    and may be more on one process than on another.
+
+    Args:
+        model: The module that is called, to which ``fully_shard`` was applied last.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        outermost = [m for m in self._sharded if m is not model]
+        inside = {m for block in outermost for m in block.modules() if m is not block}
+        self.blocks = [m for m in outermost if m not in inside]
+        within = {m for block in self.blocks for m in block.modules()}
+        self._rest = [m for m in self._sharded if m not in within]
+        self._root = model
+        self._changes: list[Callable[[], None]] = []
+
+    def open(self) -> None:
+        """Gather what lies outside the blocks."""
+        for module in self._sharded:
+            module.set_reshard_after_forward(False, recurse=False)
+        for module in self._rest:
+            module.unshard()
+
+    def enter(self, block: nn.Module) -> None:
+        """Gather a block."""
+        for module in _fsdp_modules(block):
+            module.unshard()
+
+    def changed(self, change: Callable[[], None]) -> None:
+        """Keep a change of gathered weights for the shards."""
+        self._changes.append(change)
+
+    def leave(self, block: nn.Module) -> None:
+        """Let a block go, and change its shards as the gathered weights were changed."""
+        for module in _fsdp_modules(block):
+            module.reshard()
+        self._repeat()
+
+    def close(self, *, complete: bool) -> None:
+        """Let everything go, and have FSDP gather by itself again."""
+        if isinstance(self._root, FSDPModule):
+            self._root.reset_iter_state()  # batches may have left in mid-forward
+        for module in self._sharded:
+            module.reshard()
+            module.set_reshard_after_forward(module is not self._root, recurse=False)
+        if complete:
+            self._repeat()
+
+    def _repeat(self) -> None:
+        for change in self._changes:
+            change()
+        self._changes.clear()
+
+
+def residence_of(model: nn.Module) -> Residence | None:
+    """Where the weights of a model are, if it is sharded by FSDP2."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return ShardedBlocks(model)
+    return None
+
+
+def _fsdp_modules(block: nn.Module) -> list[FSDPModule]:
+    return [module for module in block.modules() if isinstance(module, FSDPModule)]
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this process may hold a part only."""
+    return isinstance(weight, DTensor)
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The whole of a tensor; processes that hold parts of it must all call this."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def local_part(value: Tensor, like: Tensor) -> Tensor:
+    """The part of ``value``, which every process has whole, that this one holds of ``like``."""
+    if not isinstance(like, DTensor):
+        return value
+    placed = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return placed.to_local()
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Eight columns of bools to a byte."""
+    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
+    return (bits.view(len(mask), -1, 8) << _shifts(mask.device)).sum(2, dtype=torch.uint8)
+
+
+def _unpacked(data: Tensor, columns: int) -> Tensor:
+    bits = (data[:, :, None] >> _shifts(data.device)) & 1
+    return bits.flatten(1)[:, :columns].bool()
+
+
+def _shifts(device: torch.device | Any) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)

@@ -1,0 +1,42 @@
+"""Where weights are while no batch needs them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import nn
+
+
+class Residence(ABC):
+    """A model of which one decoder block at a time is whole in memory.
+
+    The scheduler holds all batches before a block, calls ``enter`` once, sends the batches through,
+    and calls ``leave`` when the last has come out. All processes of a group do so together, however
+    many batches each has.
+
+    Attributes:
+        blocks: The blocks that come and go, in model order.
+    """
+
+    blocks: list[nn.Module]
+
+    @abstractmethod
+    def open(self) -> None:
+        """Bring what lies outside the blocks into memory."""
+
+    @abstractmethod
+    def enter(self, block: nn.Module) -> None:
+        """Bring a block into memory."""
+
+    @abstractmethod
+    def changed(self, change: Callable[[], None]) -> None:
+        """A weight was changed by this call; where another copy is kept, it has to be repeated."""
+
+    @abstractmethod
+    def leave(self, block: nn.Module) -> None:
+        """Put a block away, with its changes."""
+
+    @abstractmethod
+    def close(self, *, complete: bool) -> None:
+        """Put the rest away; ``complete`` if nothing went wrong."""

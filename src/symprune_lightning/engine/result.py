@@ -1,0 +1,80 @@
+"""What a run gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from symprune_lightning.engine.layers import Layer
+
+
+class PruningError(RuntimeError):
+    """Pruning stopped half-way: some layers are sparse already, the others still dense."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was done to one layer.
+
+    Attributes:
+        name: The layer's qualified name.
+        shape: ``(out_features, in_features)``.
+        asked: Fraction of zeros asked for.
+        sparsity: Realised fraction of zeros.
+        error: Expected squared change of the output by the first mask, relative to the expected
+            squared output (see ``Statistics.squared_error``); ``None`` without input statistics.
+        error_refined: The same after refining; equals ``error`` without a refiner.
+        error_updated: The same after the weight update; ``None`` without one.
+        swaps: Weights that the refiner exchanged.
+        tokens: Calibration tokens that reached the layer.
+        seconds: Time for scoring, masking and refining.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    asked: float
+    sparsity: float
+    error: float | None
+    error_refined: float | None
+    error_updated: float | None
+    swaps: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """Masks and figures of a run.
+
+    Attributes:
+        masks: Layer name to bool mask ``(out_features, in_features)``, True = kept, on the CPU.
+        layers: One report per pruned layer, in the order of pruning.
+        permutations: Layer name to the order of its inputs in which its mask is N:M, for patterns
+            that permute: ``mask[:, order]``.
+        unreached: Prunable layers that no calibration batch came to; they are still dense.
+    """
+
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    permutations: dict[str, Tensor] = field(default_factory=dict)
+    unreached: list[str] = field(default_factory=list)
+
+    def holds_in(self, model: nn.Module) -> bool:
+        """Whether the model's weights are zero wherever the masks are."""
+        for name, mask in self.masks.items():
+            weight = Layer(name, model.get_submodule(name)).read()
+            if bool((weight.masked_fill(mask.to(weight.device), 0) != 0).any()):
+                return False
+        return True
+
+    @property
+    def sparsity(self) -> float:
+        """Realised fraction of zeros over all pruned layers."""
+        zeros = sum(int((~mask).sum()) for mask in self.masks.values())
+        return zeros / sum(mask.numel() for mask in self.masks.values())
+
+
+Progress = Callable[[LayerReport, int, int], None]
+"""Called after each layer with its report, how many layers are done, and how many there are."""
