@@ -14,7 +14,13 @@ from symprune_lightning.engine.method import PruningWarning
 from symprune_lightning.engine.parallel import RankError, Ranks
 from symprune_lightning.engine.prune import prune_model
 from symprune_lightning.engine.result import LayerReport, PruneResult, PruningError
-from symprune_lightning.functional.allocation import OWL, Allocation, Progression, Uniform
+from symprune_lightning.functional.allocation import (
+    OWL,
+    Allocation,
+    Progression,
+    Search,
+    Uniform,
+)
 from symprune_lightning.functional.patterns import NM, Pattern, Unstructured
 from symprune_lightning.functional.refiners import DSnoT, ExactSwap, MaskRefiner, R2DSnoT
 from symprune_lightning.functional.scores import (
@@ -63,6 +69,7 @@ __all__ = [
     "RankError",
     "Ranks",
     "Score",
+    "Search",
     "SparseGPT",
     "Statistics",
     "StochRIA",

@@ -9,6 +9,7 @@ from symprune_lightning.functional.allocation import (
     OWL,
     Allocation,
     Progression,
+    Search,
     Share,
     Uniform,
 )
@@ -36,7 +37,8 @@ def shares(sizes, outliers=(), allocation=OWL()):  # noqa: B008
 
 
 @pytest.mark.parametrize(
-    "allocation", [Uniform(), Progression(), Progression(-0.3), OWL(), OWL(lamda=0.5, m=2.0)]
+    "allocation",
+    [Uniform(), Progression(), Progression(-0.3), OWL(), OWL(lamda=0.5, m=2.0), Search()],
 )
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=12),
@@ -76,3 +78,10 @@ def test_wrong_options():
 @pytest.mark.parametrize("allocation", Allocation.__subclasses__())
 def test_is_a_frozen_dataclass(allocation):
     assert allocation.__dataclass_params__.frozen
+
+
+def test_search_has_something_to_try():
+    assert len(Search().choices()) == 4
+    assert Search([OWL()]).choices() == (OWL(),)
+    with pytest.raises(ValueError, match="at least one allocation"):
+        Search(())

@@ -195,9 +195,11 @@ class ShardedBlocks(Residence):
         self._rest = [m for m in self._sharded if m not in within]
         self._root = model
         self._changes: list[Callable[[], None]] = []
+        self._called = False
 
     def open(self) -> None:
         """Gather what lies outside the blocks."""
+        self._hook = self._root.register_forward_pre_hook(self._note)
         for module in self._sharded:
             module.set_reshard_after_forward(False, recurse=False)
         for module in self._rest:
@@ -220,13 +222,17 @@ class ShardedBlocks(Residence):
 
     def close(self, *, complete: bool) -> None:
         """Let everything go, and have FSDP gather by itself again."""
-        if isinstance(self._root, FSDPModule):
+        self._hook.remove()
+        if isinstance(self._root, FSDPModule) and self._called:
             self._root.reset_iter_state()  # batches may have left in mid-forward
         for module in self._sharded:
             module.reshard()
             module.set_reshard_after_forward(module is not self._root, recurse=False)
         if complete:
             self._repeat()
+
+    def _note(self, *_: object) -> None:
+        self._called = True
 
     def _repeat(self) -> None:
         for change in self._changes:
@@ -270,8 +276,10 @@ def local_part(value: Tensor, like: Tensor) -> Tensor:
 
 def _packed(mask: Tensor) -> Tensor:
     """Eight columns of bools to a byte."""
-    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
-    return (bits.view(len(mask), -1, 8) << _shifts(mask.device)).sum(2, dtype=torch.uint8)
+    rows, columns = mask.shape
+    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8))
+    shifted: Tensor = bits.view(rows, bits.shape[1] // 8, 8) << _shifts(mask.device)
+    return shifted.sum(2, dtype=torch.uint8)
 
 
 def _unpacked(data: Tensor, columns: int) -> Tensor:

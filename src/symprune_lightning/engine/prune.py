@@ -9,30 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from symprune_lightning.engine.layers import LM_HEAD, Layer, prunable_layers
+from symprune_lightning.engine.allocate import Division
+from symprune_lightning.engine.layers import LM_HEAD, prunable_layers
 from symprune_lightning.engine.method import (
     Refine,
     Sparsity,
-    naming,
     resolve_method,
-    with_sparsity,
 )
 from symprune_lightning.engine.parallel import ALONE, Ranks, residence_of
-from symprune_lightning.engine.recorder import Recorder
-from symprune_lightning.engine.residence import Residence
-from symprune_lightning.engine.result import Progress, PruneResult
-from symprune_lightning.engine.run import EMPTY, Run
+from symprune_lightning.engine.result import Progress, PruneResult, Trial
+from symprune_lightning.engine.run import Run
 from symprune_lightning.engine.schedule import (
     Forward,
     Schedule,
-    SuspendedForward,
     check_schedule,
 )
-from symprune_lightning.functional.allocation import Allocation, Share
+from symprune_lightning.functional.allocation import Allocation
 from symprune_lightning.functional.naming import by_name
 from symprune_lightning.functional.patterns import Group, Pattern
 from symprune_lightning.functional.scores import Score
-from symprune_lightning.functional.statistics import Statistics
 from symprune_lightning.functional.update import WeightUpdate
 
 
@@ -122,66 +117,21 @@ def prune_model(
         schedule=schedule,
     )
     forward = forward or call_model
+    trials: list[Trial] = []
     residence = residence_of(model)
     with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
         if allocation is not None:
             if isinstance(sparsity, Mapping):
                 raise ValueError("sparsity by layer does not go with an allocation: give one level")
-            with_sparsity(method, dict.fromkeys(method.patterns, sparsity))  # refuses what can't
             batches = list(batches)
-            divide = by_name(Allocation, allocation)  # type: ignore[type-abstract]
-            levels = _allocated(
-                model, layers, batches, forward, method.blocks, divide, sparsity, ranks, residence
-            )
-            method = with_sparsity(method, levels)
+            division = Division(model, layers, batches, forward, method, schedule, ranks, residence)
+            method, trials = division.divided(by_name(Allocation, allocation), sparsity)  # type: ignore[type-abstract]
         run = Run(layers, method, ranks, residence, progress)
+        run.result.trials.extend(trials)
         with run.saying_what_is_done():
             run.run(model, batches, forward, schedule)
             run.check_same()
     return run.result
-
-
-def _allocated(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    batches: Iterable[Any],
-    forward: Forward,
-    blocks: Mapping[str, int],
-    allocation: Allocation,
-    sparsity: float,
-    ranks: Ranks,
-    residence: Residence | None,
-) -> dict[str, float]:
-    """Sparsity of each layer, from one forward of the dense model if the allocation wants it."""
-    recorder = Recorder(allocation.needs, layers, ranks)
-    measured: dict[str, Any] = {}
-
-    def measure(complete: Sequence[Layer]) -> None:
-        for layer in complete:
-            with naming(layer):
-                statistics = recorder.statistics(layer.name) if allocation.needs else Statistics()
-                measured[layer.name] = allocation.measure(layer.read(), statistics)
-        recorder.finish(layer.name for layer in complete)
-
-    if allocation.needs:
-        suspended = SuspendedForward(model, layers, recorder, measure, "layer", ranks, residence)
-        if not suspended.run(batches, forward):
-            raise ValueError(EMPTY)
-    else:
-        measure(layers)
-    last = max(blocks.values())
-    shares = [
-        Share(
-            name=layer.name,
-            weights=layer.parameter.numel(),
-            block=blocks[layer.name],
-            depth=blocks[layer.name] / max(last, 1),
-            measured=measured[layer.name],
-        )
-        for layer in layers
-        if layer.name in measured
-    ]
-    return dict.fromkeys(blocks, sparsity) | allocation(shares, sparsity)
 
 
 def call_model(model: nn.Module, batch: Any) -> object:

@@ -166,6 +166,7 @@ class Recorder:
         self._outputs: dict[str, InputMoments] = {}
         self._sources: defaultdict[str, set[str]] = defaultdict(set)
         self._joined: dict[tuple[str, ...], dict[Need, _Sums]] = {}
+        self._asked: set[tuple[str, ...]] = set()
         self._done: set[str] = set()
 
     def observe(self, layer: Layer, x: Tensor, last: LastInput, valid: Tensor | None) -> None:
@@ -239,7 +240,9 @@ class Recorder:
         """
         needed = {s for n, sources in self._sources.items() if n not in self._done for s in sources}
         self._sums = {k: v for k, v in self._sums.items() if k in needed}
-        self._joined = {k: v for k, v in self._joined.items() if needed.intersection(k)}
+        # by a rule that is the same on all processes: what was not asked for since the last call
+        self._joined = {key: self._joined[key] for key in self._asked}
+        self._asked.clear()
         self._outputs = {k: v for k, v in self._outputs.items() if k not in self._done}
         self._done.update(layers)
 
@@ -263,6 +266,7 @@ class Recorder:
             for sums in joined.values():
                 self._ranks.sum_(sums.totals.values())
             self._joined[key] = joined
+        self._asked.add(key)
         return self._joined[key]
 
 

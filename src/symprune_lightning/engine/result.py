@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from symprune_lightning.engine.layers import Layer
+from symprune_lightning.functional.allocation import Allocation
 
 
 class PruningError(RuntimeError):
@@ -45,6 +46,19 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What a search has tried.
+
+    Attributes:
+        allocation: How the sparsity was divided.
+        error: Squared change of the last hidden states by pruning so, relative to their square.
+    """
+
+    allocation: Allocation
+    error: float
+
+
+@dataclass(frozen=True)
 class PruneResult:
     """Masks and figures of a run.
 
@@ -54,12 +68,14 @@ class PruneResult:
         permutations: Layer name to the order of its inputs in which its mask is N:M, for patterns
             that permute: ``mask[:, order]``.
         unreached: Prunable layers that no calibration batch came to; they are still dense.
+        trials: What a search has tried, best first; empty without one.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     permutations: dict[str, Tensor] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
 
     def holds_in(self, model: nn.Module) -> bool:
         """Whether the model's weights are zero wherever the masks are."""

@@ -68,6 +68,8 @@ class _Batch(greenlet.greenlet):
         self.measuring = False
         self.leaving = False
         self.station: Station | None = None
+        self.passed: tuple[nn.Module, object] | None = None
+        """A block that it has been through already, with the output."""
 
     def wait_at(self, station: Station) -> None:
         """Hand control to the scheduler until the station is pruned."""
@@ -180,7 +182,7 @@ class SuspendedForward:
         """Do what is due at a station, and let the batches that wait there go on."""
         if isinstance(station, _Entrance):
             self._enter(station.block)
-        else:
+        elif self.schedule != "dense":
             self.prune([x for x in self.stations[station] if self.recorder.seen(x.name)])
         self.todo.pop(station, None)
         here = [batch for batch in on_the_way if batch.station == station]
@@ -208,8 +210,8 @@ class SuspendedForward:
 
     def _stations(self) -> dict[nn.Module, list[Layer]]:
         """Where batches wait for layers to be pruned, with these layers, in model order."""
-        if self.schedule == "dense":
-            return {}
+        if self.schedule == "dense" and self.residence is None:
+            return {}  # nothing to wait for
         station_of = {module: module for module in self.layers}
         if self.schedule == "block":
             for block in decoder_blocks(self.model, list(self.layers.values())):
@@ -233,8 +235,8 @@ class SuspendedForward:
     def _hooks(self) -> Iterator[None]:
         entered = self.residence.blocks if self.residence is not None else []
         hooks = [(module, self._measure, False) for module in self.layers]
-        hooks += [(module, self._wait, False) for module in self.stations]
-        # before the hooks of FSDP, which would gather the block
+        # blocks: before the hooks of FSDP, which expect that a call is not interrupted
+        hooks += [(module, self._wait, module not in self.layers) for module in self.stations]
         hooks += [(module, self._wait_outside, True) for module in entered]
         spared = [m for m in self.model.modules() if is_linear(m) and m not in self.layers]
         hooks += [(module, self._leave, False) for module in spared]
@@ -242,11 +244,18 @@ class SuspendedForward:
             module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
             for module, hook, first in hooks
         ]
+        forwards = {module: module.__dict__.get("forward") for module in entered}
         try:
+            for module in entered:
+                module.forward = partial(self._forward_once, module, module.forward)
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for module, forward in forwards.items():
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
 
     def _measure(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = _current()
@@ -267,6 +276,18 @@ class SuspendedForward:
                 f"supported for a model that is sharded or read block by block"
             )
         batch.wait_at(entrance)
+        if self.schedule != "block":
+            # batches are suspended inside, of which the hooks of FSDP must not know
+            batch.passed = module, module.forward(*args, **kwargs)
+
+    @staticmethod
+    def _forward_once(module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> object:
+        """The block's forward, or its output if the batch has been through it before the hooks."""
+        batch = _current()
+        if batch is not None and batch.passed is not None and batch.passed[0] is module:
+            output, batch.passed = batch.passed[1], None
+            return output
+        return forward(*args, **kwargs)
 
     def _wait(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = _current()

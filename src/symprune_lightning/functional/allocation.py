@@ -67,6 +67,10 @@ class Allocation(ABC):
         """
         return None
 
+    def choices(self) -> Sequence[Allocation]:
+        """What is tried out to find the best: itself alone, but for `Search`."""
+        return (self,)
+
     @abstractmethod
     def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
         """Sparsity wanted for each layer; all are then shifted alike to meet the total."""
@@ -103,6 +107,37 @@ class Progression(Allocation):
     def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
         """See `Allocation`."""
         return [sparsity + self.slope * (share.depth - 0.5) for share in shares]
+
+
+@dataclass(frozen=True)
+class Search(Allocation):
+    """The best of several allocations, by a short search on the calibration data.
+
+    The model is pruned with each by score alone (no refiner, no update), and the one is taken that
+    changes the last hidden states least; ``PruneResult.trials`` says what was found. Costs two
+    forwards for each and a copy of the weights.
+
+    Attributes:
+        candidates: What to try.
+
+    Raises:
+        ValueError: There are none.
+    """
+
+    candidates: tuple[Allocation, ...] = tuple(Progression(s) for s in (0.0, 0.1, 0.2, 0.3))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "candidates", tuple(self.candidates))  # a list from YAML
+        if not self.candidates:
+            raise ValueError("Search needs at least one allocation to try")
+
+    def choices(self) -> Sequence[Allocation]:
+        """See `Allocation`."""
+        return self.candidates
+
+    def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
+        """See `Allocation`; with nothing to go by, that is the first."""
+        return self.candidates[0].divide(shares, sparsity)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,160 @@
+"""How the sparsity asked for comes to be divided among the layers, before they are pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from symprune_lightning.engine.layers import Layer, is_linear
+from symprune_lightning.engine.method import Method, naming, with_sparsity
+from symprune_lightning.engine.parallel import Ranks
+from symprune_lightning.engine.recorder import Recorder
+from symprune_lightning.engine.residence import Residence
+from symprune_lightning.engine.result import Trial
+from symprune_lightning.engine.run import EMPTY, Run
+from symprune_lightning.engine.schedule import Forward, Schedule, SuspendedForward
+from symprune_lightning.functional.allocation import Allocation, Share
+from symprune_lightning.functional.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Division:
+    """Dividing a sparsity among layers.
+
+    Attributes:
+        model: The dense model.
+        layers: The layers to prune.
+        batches: Calibration batches of this process.
+        forward: How a batch is given to the model.
+        method: What is to be done, with one sparsity for all layers.
+        schedule: When a layer is pruned.
+        ranks: The processes that prune together.
+        residence: Where the weights are, if not in memory all the time.
+    """
+
+    model: nn.Module
+    layers: list[Layer]
+    batches: list[Any]
+    forward: Forward
+    method: Method
+    schedule: Schedule
+    ranks: Ranks
+    residence: Residence | None
+
+    def divided(self, allocation: Allocation, sparsity: float) -> tuple[Method, list[Trial]]:
+        """The method with each layer's own sparsity, and what was tried to find it, best first.
+
+        Raises:
+            ValueError: The method leaves nothing to divide, or can't be searched.
+        """
+        with_sparsity(self.method, dict.fromkeys(self.method.patterns, sparsity))
+        choices = allocation.choices()
+        if len(choices) == 1:
+            return self._with(choices[0], sparsity), []
+        if self.residence is not None:
+            raise ValueError("a search over allocations needs the whole model in memory")
+        trials = self._search(choices, sparsity)
+        return self._with(trials[0].allocation, sparsity), trials
+
+    def _with(self, allocation: Allocation, sparsity: float) -> Method:
+        """The method with an allocation."""
+        blocks = self.method.blocks
+        last = max(blocks.values())
+        measured = self._measured(allocation)
+        shares = [
+            Share(
+                name=layer.name,
+                weights=layer.parameter.numel(),
+                block=blocks[layer.name],
+                depth=blocks[layer.name] / max(last, 1),
+                measured=measured[layer.name],
+            )
+            for layer in self.layers
+            if layer.name in measured
+        ]
+        levels = dict.fromkeys(blocks, sparsity) | allocation(shares, sparsity)
+        return with_sparsity(self.method, levels)
+
+    def _measured(self, allocation: Allocation) -> dict[str, Any]:
+        """What it wants to know of each layer; takes a forward of the dense model if it needs one.
+
+        Layers that no batch reaches are left out.
+        """
+        recorder = Recorder(allocation.needs, self.layers, self.ranks)
+        measured: dict[str, Any] = {}
+
+        def measure(complete: Sequence[Layer]) -> None:
+            for layer in complete:
+                with naming(layer):
+                    known = recorder.statistics(layer.name) if allocation.needs else Statistics()
+                    measured[layer.name] = allocation.measure(layer.read(), known)
+            recorder.finish(layer.name for layer in complete)
+
+        if allocation.needs:
+            suspended = SuspendedForward(
+                self.model, self.layers, recorder, measure, "layer", self.ranks, self.residence
+            )
+            if not suspended.run(self.batches, self.forward):
+                raise ValueError(EMPTY)
+        else:
+            measure(self.layers)
+        return measured
+
+    def _search(self, candidates: Sequence[Allocation], sparsity: float) -> list[Trial]:
+        """Prune by score alone with each, see what that does to the output, and undo it.
+
+        Holds a copy of the prunable weights and the dense model's last hidden state of every token.
+        """
+        before = [layer.parameter.detach().clone() for layer in self.layers]
+        dense = list(self._last_states())
+        trials = []
+        for allocation in candidates:
+            method = replace(self._with(allocation, sparsity), refiners={}, update=None)
+            try:
+                run = Run(self.layers, method, self.ranks, None, None)
+                run.run(self.model, self.batches, self.forward, self.schedule)
+                sums = torch.zeros(2, dtype=torch.float64)
+                for x, y in zip(self._last_states(), dense, strict=True):
+                    sums += torch.stack([(x - y).square().sum(), y.square().sum()]).double().cpu()
+            finally:
+                for layer, weight in zip(self.layers, before, strict=True):
+                    layer.parameter.copy_(weight)
+            changed, whole = self.ranks.added(sums).tolist()
+            trials.append(Trial(allocation, changed / max(whole, 1e-30)))
+        return sorted(trials, key=lambda trial: trial.error)
+
+    def _last_states(self) -> Iterator[Tensor]:
+        """What the head is given for each batch; the output, if no linear layer is spared."""
+        pruned = {layer.module for layer in self.layers}
+        heads = [m for m in self.model.modules() if is_linear(m) and m not in pruned]
+        with _inputs_of(heads) as seen:
+            for batch in self.batches:
+                seen.clear()
+                output = self.forward(self.model, batch)
+                found = seen or [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+                if not found:
+                    raise ValueError(
+                        "a search compares the model's outputs, and forward returns no tensor"
+                    )
+                yield found[-1]
+
+
+@contextmanager
+def _inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.extend(args[:1])
+
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from symprune_lightning import OBSUpdate, R2DSnoT
+from symprune_lightning.engine.layers import Layer
+from symprune_lightning.engine.parallel import ALONE, Ranks, _packed, _unpacked
+from symprune_lightning.engine.prune import prune_model
+from tests.groups import run_group
+from tests.models import batches, build
+
+METHODS: dict[str, dict[str, Any]] = {
+    "wanda": {"score": "wanda"},
+    "ria-r2dsnot": {"score": "ria", "refine": R2DSnoT(threshold=1e-3)},
+    "exactswap": {"score": "wanda", "refine": "exactswap"},
+    "2:4": {"score": "ria", "pattern": "2:4"},
+    "block": {"score": "ria", "refine": ["r2dsnot", "exactswap"], "schedule": "block"},
+    "dense": {"score": "symwanda", "schedule": "dense", "group": "model"},
+    "layer": {"score": "wanda", "group": "layer"},
+    "update": {"score": "ria", "sparsity": 0.6, "update": OBSUpdate()},
+    "sparsegpt": {"update": "sparsegpt", "group": "layer"},
+    "owl": {"score": "wanda", "allocation": "owl"},
+    "magnitude": {"score": "magnitude"},
+}
+SEQUENCES = (1, 5, 7)
+
+
+def data(sequences: int) -> list[dict[str, torch.Tensor]]:
+    return batches(count=sequences, size=1, length=12 + sequences)
+
+
+def prune(model: torch.nn.Module, method: str, sequences: int, ranks: Ranks = ALONE) -> Any:
+    return prune_model(model, ranks.deal(data(sequences)), ranks=ranks, **METHODS[method])
+
+
+def shard(model: torch.nn.Module, strategy: str) -> Ranks:
+    """Lay the model out as the strategy does, and say who runs which batches."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    if strategy == "ddp":
+        return Ranks.all()
+    if strategy == "fsdp":
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        return Ranks.all()
+    mesh = init_device_mesh("cpu", (size,))
+    for block in model.model.layers:
+        plan = {f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"}
+        plan |= {f"mlp.{n}_proj": ColwiseParallel() for n in ("gate", "up")}
+        plan |= {n: RowwiseParallel() for n in ("self_attn.o_proj", "mlp.down_proj")}
+        parallelize_module(block, mesh, plan)
+    assert rank < size
+    return Ranks.all(share=0, shares=1)
+
+
+def prune_all(rank: int, size: int, folder: Any, strategy: str) -> None:
+    for method in METHODS:
+        for sequences in SEQUENCES:
+            model = build("llama")
+            result = prune(model, method, sequences, shard(model, strategy))
+            weights = {n: Layer(n, model.get_submodule(n)).read() for n in result.masks}
+            figures = [(x.name, x.swaps, x.tokens, x.error_refined) for x in result.layers]
+            saved = {"masks": result.masks, "weights": weights, "figures": figures}
+            torch.save(saved, folder / f"{method}-{sequences}-{rank}.pt")
+            model(**data(1)[0])  # the model still runs as it did before
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("ddp", 2), ("ddp", 3), ("fsdp", 2), ("tensor", 2)],
+    ids=lambda p: f"{p[0]}{p[1]}",
+)
+def group(request, tmp_path_factory):
+    strategy, size = request.param
+    folder = tmp_path_factory.mktemp(f"{strategy}{size}")
+    run_group(prune_all, size, folder, strategy)
+    return folder, size
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_are_those_of_one_process(group, method, sequences):
+    folder, size = group
+    model = build("llama")
+    alone = prune(model, method, sequences)
+    for rank in range(size):
+        saved = torch.load(folder / f"{method}-{sequences}-{rank}.pt", weights_only=True)
+        assert list(saved["masks"]) == list(alone.masks)
+        for name, mask in alone.masks.items():
+            assert torch.equal(saved["masks"][name], mask), name
+            weight = model.get_submodule(name).weight
+            torch.testing.assert_close(saved["weights"][name], weight, rtol=1e-4, atol=1e-5)
+            assert torch.equal(saved["weights"][name] == 0, weight == 0)
+        for mine, figure in zip(alone.layers, saved["figures"], strict=True):
+            assert figure[:3] == (mine.name, mine.swaps, mine.tokens)
+            error = mine.error_refined
+            assert figure[3] == (error if error is None else pytest.approx(error, rel=1e-4))
+
+
+@given(rows=st.integers(0, 5), columns=st.integers(1, 40), data=st.data())
+def test_bits_survive_packing(rows, columns, data):
+    bits = data.draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))
+    mask = torch.tensor(bits, dtype=torch.bool).view(rows, columns)
+    packed = _packed(mask)
+    assert packed.shape == (rows, -(-columns // 8))
+    assert torch.equal(_unpacked(packed, columns), mask)
+
+
+@given(size=st.integers(1, 9), count=st.integers(0, 40))
+def test_every_row_and_every_batch_has_one_owner(size, count):
+    group = [Ranks(rank=r, size=size, share=r, shares=size) for r in range(size)]
+    rows = [row for ranks in group for row in range(count)[ranks.rows(count)]]
+    assert rows == list(range(count))
+    dealt = [batch for ranks in group for batch in ranks.deal(range(count))]
+    assert sorted(dealt) == list(range(count))
