@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,44 @@ def run_group(worker: Callable[..., None], size: int, folder: Path, *args: Any) 
         torch.multiprocessing.ProcessRaisedException: A worker has failed.
     """
     multiprocessing.spawn(_join, args=(worker, size, folder, args), nprocs=size)
+
+
+def run_trainers(worker: Callable[..., None], size: int, folder: Path, *args: Any) -> None:
+    """The same for workers that make Trainers: with the environment that torchrun makes.
+
+    ``Trainer(devices=size)`` then takes part in the run, and makes the process group itself.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_launch, args=(worker, size, port, folder, args), nprocs=size)
+
+
+def _launch(
+    rank: int,
+    worker: Callable[..., None],
+    size: int,
+    port: int,
+    folder: Path,
+    args: tuple[Any, ...],
+) -> None:
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    torch.set_num_threads(1)
+    try:
+        worker(rank, size, folder, *args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _join(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from symprune_lightning.pretrained import load_tokenizer
+from symprune_lightning.pretrained import IGNORE, load_tokenizer
 
 PYTHON_DOCS = "python-docs"
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -140,7 +140,11 @@ class CalibrationDataModule(LightningDataModule):
         return self._loader("calibration")
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Batches to evaluate on."""
+        """Batches to evaluate on.
+
+        With several processes, rows in which nothing is to be predicted make the set divisible, so
+        that Lightning's sampler repeats none and the perplexity is that of one process.
+        """
         return self._loader("evaluation")
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -170,7 +174,15 @@ class CalibrationDataModule(LightningDataModule):
     def _loader(self, part: str) -> DataLoader[dict[str, Tensor]]:
         self.setup()
         rows: Any = [{"input_ids": ids} for ids in self._parts[part]]
+        if part == "evaluation":
+            rows = _filled_up(rows, self._processes)
         return DataLoader(rows, batch_size=self.batch_size)
+
+    @property
+    def _processes(self) -> int:
+        """How many processes the Trainer divides the evaluation set among."""
+        dealt = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return 1 if dealt is None else int(dealt["num_replicas"])
 
     def _pack(self, texts: Iterator[Sequence[int]], sequences: int, part: str) -> Tensor:
         """Lay texts end to end until ``sequences`` are full; the rest of the last is dropped."""
@@ -196,6 +208,16 @@ class CalibrationDataModule(LightningDataModule):
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         return ids if end is None else [*ids, end]
+
+
+def _filled_up(rows: list[dict[str, Tensor]], processes: int) -> list[dict[str, Tensor]]:
+    """As many rows for each process; those added have no label, so that they count for nothing."""
+    missing = -len(rows) % processes
+    if not missing:
+        return rows
+    nothing = torch.full_like(rows[0]["input_ids"], IGNORE)
+    labelled = [{**row, "labels": row["input_ids"]} for row in rows]
+    return labelled + [{**rows[0], "labels": nothing}] * missing
 
 
 def _texts(source: Texts) -> Iterable[Any]:

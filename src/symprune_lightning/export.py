@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -62,6 +63,7 @@ def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
     manifest: Mapping[str, Any],
+    state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a pruned model as plain safetensors with zeros in place, and its manifest.
 
@@ -73,6 +75,7 @@ def save_checkpoint(
         model: The pruned model.
         tokenizer: Saved along, if there is one.
         manifest: Contents of ``sparsity_manifest.json``, see ``manifest_of``.
+        state: The weights, if this process does not hold all of the model's.
 
     Returns:
         The folder's absolute path.
@@ -83,7 +86,7 @@ def save_checkpoint(
     path = check_destination(output)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=None if state is None else dict(state))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

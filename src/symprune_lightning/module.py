@@ -13,12 +13,13 @@ from torch.nn import functional as F  # noqa: N812
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
-from symprune_lightning.pretrained import load_model
+from symprune_lightning.engine.layers import decoder_blocks, prunable_layers
+from symprune_lightning.engine.parallel import is_sharded, shard_
+from symprune_lightning.pretrained import IGNORE, load_model
 
 Batch = Mapping[str, Tensor]
 """``input_ids`` and, if there are any, ``attention_mask`` and ``labels``; each (batch, tokens)."""
 
-IGNORE = -100
 CHUNK = 2**25
 """Most logits that are held in float32 at once: 128 MiB."""
 
@@ -109,11 +110,24 @@ class CausalLMModule(LightningModule):
         self.test_perplexity = TokenPerplexity(ignore_index=IGNORE)
 
     def configure_model(self) -> None:
-        """Load the model, once."""
+        """Load the model, once, and shard it if the strategy is ``ModelParallelStrategy``.
+
+        Each decoder block is sharded by FSDP2, and its layers are divided by the tensor-parallel
+        plan of transformers, over the two dimensions of the strategy's mesh.
+
+        Raises:
+            ValueError: The model can't be divided over so many processes.
+        """
         if self.model is None:
             self.model = load_model(
                 self.pretrained, dtype=self.dtype_name, trust_remote_code=self.trust_remote_code
             ).train()  # as any module that is new; transformers loads in eval mode
+        mesh = self.device_mesh
+        if mesh is not None and not any(is_sharded(p) for p in self.model.parameters()):
+            config = self.model.config
+            blocks = list(decoder_blocks(self.model, prunable_layers(self.model)))
+            heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+            shard_(self.model, blocks, mesh, self.model.tp_plan or {}, heads)
 
     @property
     def prunable_model(self) -> PreTrainedModel:
@@ -169,7 +183,8 @@ class CausalLMModule(LightningModule):
         perplexity = metric.compute()
         metric.reset()
         figures = {f"{stage}_loss": perplexity.log(), f"{stage}_perplexity": perplexity}
-        self.log_dict(figures, prog_bar=True)
+        # equal on all processes already; told so, Lightning does not warn
+        self.log_dict(figures, prog_bar=True, sync_dist=True)
 
 
 def _targets(batch: Batch) -> Tensor:

@@ -9,6 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+IGNORE = -100
+"""Label of a position where nothing is to be predicted, as in transformers."""
+
 
 def load_model(
     pretrained: str, *, dtype: str = "auto", trust_remote_code: bool = False

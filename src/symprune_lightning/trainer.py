@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from symprune_lightning.callbacks import PruningCallback, When, pruning_target
 from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.engine.parallel import whole_state
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.export import check_destination, manifest_of, save_checkpoint
 from symprune_lightning.module import CausalLMModule
@@ -185,7 +186,7 @@ class Trainer(pl.Trainer):
         result = callback.result
         if result is None or not callback.has_pruned(model):
             raise ValueError("nothing was pruned: are there validation batches?")
-        if output is not None and self.is_global_zero:
+        if output is not None:
             self._save(output, model, datamodule, callback, result)
         self.strategy.barrier()
         return result
@@ -209,7 +210,9 @@ class Trainer(pl.Trainer):
             pruned=callback.sparse_metrics,
         )
         tokenizer = None if ours is None else ours.tokenizer
-        save_checkpoint(output, model, tokenizer, manifest)
+        state = whole_state(model)
+        if self.is_global_zero:
+            save_checkpoint(output, model, tokenizer, manifest, state)
 
     def _evaluate_dense(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -10,8 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from symprune_lightning.engine.residence import Residence
 
@@ -238,6 +245,59 @@ class ShardedBlocks(Residence):
         for change in self._changes:
             change()
         self._changes.clear()
+
+
+def shard_(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    plan: Mapping[str, str],
+    heads: int,
+) -> None:
+    """Lay a model out over a mesh: tensor parallel by its plan, then FSDP2 block by block.
+
+    Args:
+        model: The module that is called.
+        blocks: Its decoder blocks.
+        mesh: With dimensions ``"data_parallel"`` and ``"tensor_parallel"``, as Lightning's
+            ``ModelParallelStrategy`` makes it.
+        plan: Layer names, with ``*`` for a number, to ``"colwise"`` or ``"rowwise"``; layers with
+            anything else are not divided.
+        heads: Key-value heads, which tensor parallel divides.
+
+    Raises:
+        ValueError: Tensor parallel is asked for, and the plan divides nothing or not evenly.
+    """
+    tensor, data = mesh["tensor_parallel"], mesh["data_parallel"]
+    if tensor.size() > 1:
+        styles = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
+        divided = {name: styles[style] for name, style in plan.items() if style in styles}
+        if not divided:
+            raise ValueError(
+                f"{type(model).__name__} has no plan for tensor parallel: use "
+                f"tensor_parallel_size=1, or parallelize it in a configure_model of your own"
+            )
+        if heads % tensor.size():
+            raise ValueError(
+                f"{type(model).__name__} has {heads} key-value heads, which "
+                f"tensor_parallel_size={tensor.size()} does not divide"
+            )
+        parallelize_module(model, tensor, divided)
+    if data.size() > 1:
+        for block in blocks:
+            fully_shard(block, mesh=data)
+        fully_shard(model, mesh=data)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """All weights of a sharded model on the CPU of the first process; ``None`` if none is sharded.
+
+    All processes must call this. The others get an empty dictionary.
+    """
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
 
 
 def residence_of(model: nn.Module) -> Residence | None:

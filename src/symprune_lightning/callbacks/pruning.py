@@ -1,4 +1,4 @@
-"""Pruning as a Lightning callback."""
+"""The life cycle that callbacks which prune share."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import nn
+from torch.utils.data import DistributedSampler
 
 from symprune_lightning.display import layer_bar, summary
-from symprune_lightning.engine.layers import LM_HEAD
-from symprune_lightning.engine.method import Refine, check_group, refiners_of
-from symprune_lightning.engine.prune import call_model, prune_model
+from symprune_lightning.engine.parallel import ALONE, Ranks
+from symprune_lightning.engine.prune import call_model
 from symprune_lightning.engine.result import Progress, PruneResult
-from symprune_lightning.engine.schedule import Forward, Schedule, check_schedule
-from symprune_lightning.functional.allocation import Allocation
-from symprune_lightning.functional.naming import by_name
-from symprune_lightning.functional.patterns import Group, Pattern, pattern_of
-from symprune_lightning.functional.refiners import MaskRefiner
-from symprune_lightning.functional.scores import Score
-from symprune_lightning.functional.update import WeightUpdate
+from symprune_lightning.engine.schedule import Forward
 
 When = Literal["validate", "test", "fit_start", "fit_end"]
 """When a callback prunes: before ``validate`` or ``test`` evaluates, before or after ``fit``."""
@@ -38,6 +37,10 @@ class PruningCallback(Callback, ABC):
     validation inside ``fit``) the callback takes the calibration batches, moves each to the
     module's device, and calls ``prune`` once for each module. Evaluation or training then goes on
     with the sparse weights.
+
+    In a run of several processes each takes every n-th of these batches, whole, whatever their
+    number; so the loader must give all of them on every process (no distributed sampler), and no
+    batch is dropped or counted twice.
 
     Calibration data: the ``calibration`` argument; else ``calibration_dataloader()`` of the data
     module; else ``calibration_dataloader()`` of the LightningModule.
@@ -88,14 +91,20 @@ class PruningCallback(Callback, ABC):
 
     @abstractmethod
     def prune(
-        self, model: nn.Module, batches: Iterable[Any], forward: Forward | None, progress: Progress
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward: Forward | None,
+        ranks: Ranks,
+        progress: Progress,
     ) -> PruneResult:
         """Prune ``model`` in place.
 
         Args:
             model: The module, or its ``prunable_model``.
-            batches: Calibration batches on the module's device.
+            batches: This process's share of the calibration batches, on the module's device.
             forward: As in ``prune_model``.
+            ranks: The Trainer's processes.
             progress: To be called after every layer.
         """
 
@@ -107,6 +116,19 @@ class PruningCallback(Callback, ABC):
         if self.result is None or self._pruned is None or self._pruned() is not module:
             return False
         return self.result.holds_in(pruning_target(module))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies under which layers can't be read and written.
+
+        Raises:
+            ValueError: The strategy is FSDP in its first version, or DeepSpeed.
+        """
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"{type(self).__name__} does not work under {type(trainer.strategy).__name__}, "
+                f"which flattens or partitions weights out of sight: use strategy='ddp', or "
+                f"ModelParallelStrategy (FSDP2 and tensor parallel)"
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune before ``Trainer.validate`` evaluates."""
@@ -143,10 +165,15 @@ class PruningCallback(Callback, ABC):
         if moment != self.when or self.has_pruned(module):
             return
         step = getattr(module, "calibration_step", None)
-        batches = _on_device(self._calibration_batches(trainer, module), trainer)
+        ranks = _ranks(trainer)
+        batches = ranks.deal(self._calibration_batches(trainer, module))
         with _progress(trainer) as progress:
             self.result = self.prune(
-                pruning_target(module), batches, _forward(trainer, step), progress
+                pruning_target(module),
+                _on_device(batches, trainer),
+                _forward(trainer, step),
+                ranks,
+                progress,
             )
         self._pruned = weakref.ref(module)
         self.sparse_metrics = {}
@@ -156,13 +183,13 @@ class PruningCallback(Callback, ABC):
     def _calibration_batches(self, trainer: Trainer, module: LightningModule) -> Iterator[Any]:
         """The batches; a generator, so that methods that need no data need not have any."""
         if self.calibration is not None:
-            yield from self.calibration
+            yield from _undivided(self.calibration)
             return
         datamodule = getattr(trainer, "datamodule", None)
         for owner in (datamodule, module):
             loader = getattr(owner, "calibration_dataloader", None)
             if callable(loader):
-                yield from loader()
+                yield from _undivided(loader())
                 return
         raise ValueError(
             f"{type(self).__name__} has no calibration data: pass calibration=<a dataloader>, or "
@@ -183,114 +210,20 @@ class PruningCallback(Callback, ABC):
                 Console().print(table)
 
 
-class SymPrune(PruningCallback):
-    """Prunes by a score, a pattern and a refiner, in one pass over the calibration data.
-
-    Args:
-        score: Importance of each weight: a ``Score``, or its name such as ``"wanda"``.
-        sparsity: Fraction of zeros in each group, in ``[0, 1)``; or by layer name:
-            ``{"re:.*down_proj": 0.4, "re:.*": 0.5}``.
-        pattern: ``"2:4"`` or a ``Pattern``, in place of ``sparsity`` and ``group``.
-        group: Which weights compete: of one ``"output"`` channel, one ``"input"`` channel, the
-            whole ``"layer"``, a decoder ``"block"``, or the ``"model"``.
-        refine: A ``MaskRefiner``, its name (``"dsnot"``, ``"r2dsnot"``, ``"exactswap"``), several
-            in a list, or for some layers only: ``{"re:.*self_attn.*": "dsnot"}``.
-        update: A ``WeightUpdate`` or its name (``"obsupdate"``, ``"sparsegpt"``): changes the kept
-            weights to make up for the pruned ones.
-        allocation: An ``Allocation`` or its name (``"progression"``, ``"owl"``): divides the
-            sparsity among layers.
-        schedule: ``"layer"`` (one forward), ``"block"`` (two, as the reference implementations do)
-            or ``"dense"``.
-        ignore: Layers to leave dense: names, or regular expressions behind ``re:``. ``None`` spares
-            the output projection ``lm_head``, a list of yours replaces that.
-        only: Layers to prune, in the same way; ``None`` for all.
-        when: See [`PruningCallback`][symprune_lightning.callbacks.PruningCallback].
-        calibration: See `PruningCallback`.
-        baseline: See `PruningCallback`.
-
-    Raises:
-        ValueError: An argument is wrong.
-
-    Example:
-        >>> SymPrune(score="wanda", sparsity=0.6).settings["score"]
-        {'name': 'Wanda'}
-    """
-
-    def __init__(
-        self,
-        score: Score | str = "ria",
-        *,
-        sparsity: float | dict[str, float] = 0.5,
-        pattern: Pattern | str | None = None,
-        group: Group = "output",
-        refine: MaskRefiner
-        | str
-        | list[MaskRefiner | str]
-        | dict[str, MaskRefiner | str | list[MaskRefiner | str]]
-        | None = None,
-        update: WeightUpdate | str | None = None,
-        allocation: Allocation | str | None = None,
-        schedule: Schedule = "layer",
-        ignore: list[str] | None = None,
-        only: list[str] | None = None,
-        when: When = "validate",
-        calibration: Iterable[Any] | None = None,
-        baseline: bool = True,
-    ) -> None:
-        super().__init__(when=when, calibration=calibration, baseline=baseline)
-        check_schedule(schedule)
-        for level in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
-            pattern_of(pattern, sparsity=level, group=group)  # says at once what is wrong
-        if pattern is None:
-            check_group(group, schedule)
-        self.score = by_name(Score, score)  # type: ignore[type-abstract]
-        self.sparsity = sparsity
-        self.pattern = None if pattern is None else pattern_of(pattern)
-        self.group = group
-        self.refine: Refine = None
-        if isinstance(refine, dict):
-            self.refine = {name: refiners_of(chain) for name, chain in refine.items()}
-        elif refine is not None:
-            self.refine = refiners_of(refine)
-        self.update = None if update is None else by_name(WeightUpdate, update)  # type: ignore[type-abstract]
-        self.allocation = None if allocation is None else by_name(Allocation, allocation)  # type: ignore[type-abstract]
-        self.schedule = schedule
-        self.ignore = list(LM_HEAD) if ignore is None else ignore
-        self.only = only
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The method in plain values, as the manifest records it."""
-        budget = ("sparsity", "group") if self.pattern is None else ("pattern",)
-        rest = ("refine", "update", "allocation", "schedule", "ignore", "only", "when")
-        return {name: _plain(getattr(self, name)) for name in ("score", *budget, *rest)}
-
-    def prune(
-        self, model: nn.Module, batches: Iterable[Any], forward: Forward | None, progress: Progress
-    ) -> PruneResult:
-        """See `PruningCallback`."""
-        return prune_model(
-            model,
-            batches,
-            score=self.score,
-            sparsity=self.sparsity,
-            pattern=self.pattern,
-            group=self.group,
-            refine=self.refine,
-            update=self.update,
-            allocation=self.allocation,
-            schedule=self.schedule,
-            ignore=self.ignore,
-            only=self.only,
-            forward=forward,
-            progress=progress,
-        )
-
-
 def pruning_target(module: LightningModule) -> nn.Module:
     """What is pruned of a module, and what layer names are relative to."""
     target: nn.Module = getattr(module, "prunable_model", module)
     return target
+
+
+def _ranks(trainer: Trainer) -> Ranks:
+    """The Trainer's processes; those that hold parts of the same layers run the same batches."""
+    if not isinstance(trainer.strategy, ParallelStrategy) or trainer.world_size == 1:
+        return ALONE
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        dealt = trainer.strategy.distributed_sampler_kwargs
+        return Ranks.all(share=dealt["rank"], shares=dealt["num_replicas"])
+    return Ranks.all()
 
 
 def _forward(trainer: Trainer, step: Callable[[Any], object] | None) -> Forward:
@@ -310,6 +243,16 @@ def _forward(trainer: Trainer, step: Callable[[Any], object] | None) -> Forward:
                 ) from error
 
     return forward
+
+
+def _undivided(loader: Iterable[Any]) -> Iterable[Any]:
+    """The loader, if it gives all batches on every process."""
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        raise ValueError(
+            "the calibration loader has a DistributedSampler, which repeats sequences to fill up; "
+            "leave it out: batches are dealt to the processes here"
+        )
+    return loader
 
 
 def _on_device(batches: Iterable[Any], trainer: Trainer) -> Iterator[Any]:
@@ -333,13 +276,3 @@ def _progress(trainer: Trainer) -> Iterator[Progress]:
         return
     with layer_bar(Console()) as on_layer:
         yield on_layer
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"name": type(value).__name__, **asdict(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)

@@ -1,0 +1,101 @@
+"""Whole runs under Lightning's strategies, each compared with one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from transformers import AutoModelForCausalLM
+
+from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune, Trainer
+from tests.groups import run_trainers
+from tests.models import VOCABULARY, build
+
+TRAINER: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+STRATEGIES = {
+    "ddp2": (2, "ddp"),
+    "ddp3": (3, "ddp"),
+    "fsdp2": (2, (2, 1)),
+    "tensor2": (2, (1, 2)),
+}
+SEQUENCES = (5, 7)
+
+
+def data(folder: Path, sequences: int) -> CalibrationDataModule:
+    torch.manual_seed(3)
+    texts = torch.randint(3, VOCABULARY, (40, 16)).tolist()
+    return CalibrationDataModule(
+        texts,
+        sequences=sequences,
+        evaluation_sequences=sequences,
+        sequence_length=16,
+        batch_size=2 if sequences == 7 else 1,
+    )
+
+
+def prune(folder: Path, sequences: int, output: str, **trainer: Any) -> dict[str, Any]:
+    module = CausalLMModule(str(folder / "dense"))
+    callback = SymPrune("wanda", sparsity=0.5, refine="exactswap")
+    result = Trainer(**TRAINER, **trainer).prune(
+        module, datamodule=data(folder, sequences), callbacks=callback, output=output
+    )
+    return {
+        "masks": result.masks,
+        "dense": callback.dense_metrics,
+        "sparse": callback.sparse_metrics,
+    }
+
+
+def prune_all(rank: int, size: int, folder: Path, name: str) -> None:
+    _, wanted = STRATEGIES[name]
+    for sequences in SEQUENCES:
+        sizes = {"data_parallel_size": wanted[0], "tensor_parallel_size": wanted[1]}
+        strategy = wanted if isinstance(wanted, str) else ModelParallelStrategy(**sizes)
+        output = str(folder / f"{name}-{sequences}")
+        saved = prune(folder, sequences, output, strategy=strategy, devices=size)
+        torch.save(saved, folder / f"{name}-{sequences}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("strategies")
+    build("llama").save_pretrained(folder / "dense")
+    for sequences in SEQUENCES:
+        saved = prune(folder, sequences, str(folder / f"alone-{sequences}"), devices=1)
+        torch.save(saved, folder / f"alone-{sequences}.pt")
+    return folder
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def strategy(request, folder):
+    run_trainers(prune_all, STRATEGIES[request.param][0], folder, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES)
+def test_a_run_is_that_of_one_process(folder, strategy, sequences):
+    alone = torch.load(folder / f"alone-{sequences}.pt", weights_only=True)
+    for rank in range(STRATEGIES[strategy][0]):
+        saved = torch.load(folder / f"{strategy}-{sequences}-{rank}.pt", weights_only=True)
+        for name, mask in alone["masks"].items():
+            assert torch.equal(saved["masks"][name], mask), name
+        for metrics in ("dense", "sparse"):
+            assert saved[metrics] == pytest.approx(alone[metrics], rel=1e-6)
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES)
+def test_the_checkpoint_is_that_of_one_process(folder, strategy, sequences):
+    alone = AutoModelForCausalLM.from_pretrained(folder / f"alone-{sequences}").state_dict()
+    model = AutoModelForCausalLM.from_pretrained(folder / f"{strategy}-{sequences}")
+    assert model.state_dict().keys() == alone.keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, alone[name]), name
