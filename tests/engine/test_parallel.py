@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+from functools import cache
 from typing import Any
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -19,7 +22,7 @@ from symprune_lightning import OBSUpdate, R2DSnoT
 from symprune_lightning.engine.layers import Layer
 from symprune_lightning.engine.parallel import ALONE, Ranks, _packed, _unpacked
 from symprune_lightning.engine.prune import prune_model
-from tests.groups import run_group
+from tests.groups import _join, run_group
 from tests.models import batches, build
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -46,23 +49,26 @@ def prune(model: torch.nn.Module, method: str, sequences: int, ranks: Ranks = AL
     return prune_model(model, ranks.deal(data(sequences)), ranks=ranks, **METHODS[method])
 
 
+@cache
+def mesh_of(size: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (size,))
+
+
 def shard(model: torch.nn.Module, strategy: str) -> Ranks:
     """Lay the model out as the strategy does, and say who runs which batches."""
-    size, rank = dist.get_world_size(), dist.get_rank()
+    mesh = mesh_of(dist.get_world_size())
     if strategy == "ddp":
         return Ranks.all()
     if strategy == "fsdp":
         for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         return Ranks.all()
-    mesh = init_device_mesh("cpu", (size,))
     for block in model.model.layers:
         plan = {f"self_attn.{n}_proj": ColwiseParallel() for n in "qkv"}
         plan |= {f"mlp.{n}_proj": ColwiseParallel() for n in ("gate", "up")}
         plan |= {n: RowwiseParallel() for n in ("self_attn.o_proj", "mlp.down_proj")}
         parallelize_module(block, mesh, plan)
-    assert rank < size
     return Ranks.all(share=0, shares=1)
 
 
@@ -126,3 +132,56 @@ def test_every_row_and_every_batch_has_one_owner(size, count):
     assert rows == list(range(count))
     dealt = [batch for ranks in group for batch in ranks.deal(range(count))]
     assert sorted(dealt) == list(range(count))
+
+
+def fail(rank: int, size: int, folder: Any, how: str) -> None:
+    """Process 1 comes to grief at its second batch, in the middle of the model."""
+    model = build("llama")
+    seen = []
+
+    def grief(*_: Any) -> None:
+        seen.append(1)
+        if rank == 1 and len(seen) == 2:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("the dog ate it")
+
+    model.model.layers[1].mlp.register_forward_pre_hook(grief)
+    try:
+        prune(model, "wanda", 5, shard(model, "fsdp" if how == "fsdp" else "ddp"))
+    except Exception as error:
+        (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("how", ["raised", "fsdp"])
+def test_an_error_of_one_process_ends_all(how, tmp_path):
+    run_group(fail, 2, tmp_path, how)
+    for rank, reason in ((0, "process 1 of 2 failed: RuntimeError: the dog"), (1, "the dog ate")):
+        told = (tmp_path / f"{rank}.txt").read_text()
+        assert told.startswith("PruningError: pruning stopped after ")
+        assert reason in told
+
+
+def test_a_process_that_is_killed_does_not_hang_the_others(tmp_path):
+    context = torch.multiprocessing.spawn(
+        _join, args=(fail, 3, tmp_path, ("killed",)), nprocs=3, join=False
+    )
+    for process in context.processes:
+        process.join(60)
+    assert [process.exitcode for process in context.processes] == [0, -signal.SIGKILL, 0]
+    for rank in (0, 2):
+        assert "pruning stopped after" in (tmp_path / f"{rank}.txt").read_text()
+
+
+def different(rank: int, size: int, folder: Any) -> None:
+    model = build("llama", seed=rank)
+    try:
+        prune(model, "wanda", 2, Ranks.all())
+    except Exception as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+
+
+def test_processes_that_started_from_different_models(tmp_path):
+    run_group(different, 2, tmp_path)
+    assert "the processes hold different weights" in (tmp_path / "0.txt").read_text()
+    assert "the processes hold different weights" in (tmp_path / "1.txt").read_text()
