@@ -39,6 +39,7 @@ from symprune_lightning.functional.scores import (
 from symprune_lightning.functional.statistics import Moments, Statistics
 from symprune_lightning.functional.update import OBSUpdate, SparseGPT, WeightUpdate
 from symprune_lightning.module import CausalLMModule
+from symprune_lightning.streaming import StreamedCheckpoint
 from symprune_lightning.trainer import Trainer
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "SparseGPT",
     "Statistics",
     "StochRIA",
+    "StreamedCheckpoint",
     "SymPrune",
     "SymWanda",
     "Symmetric",

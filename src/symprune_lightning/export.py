@@ -7,7 +7,8 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -83,20 +84,40 @@ def save_checkpoint(
     Raises:
         OSError: See ``check_destination``; or the disk is full, and nothing has changed.
     """
-    path = check_destination(output)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with whole_folder(output) as partial:
         model.save_pretrained(partial, state_dict=None if state is None else dict(state))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_manifest(partial, manifest)
+    return Path(output).expanduser().absolute()
+
+
+@contextmanager
+def whole_folder(output: str | Path) -> Iterator[Path]:
+    """A folder with a temporary name that takes its own name when everything is in it.
+
+    Yields:
+        The folder to write to. If an exception is raised inside, it is deleted, and what was there
+        before stays.
+
+    Raises:
+        OSError: See ``check_destination``.
+    """
+    path = check_destination(output)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield partial
         partial.chmod(0o755)
         for file in [*partial.iterdir(), partial]:
             _flush(file)
         _take_name(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return path
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write ``sparsity_manifest.json``."""
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def manifest_of(

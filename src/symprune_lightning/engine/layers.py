@@ -78,7 +78,11 @@ class Layer:
 
 
 def prunable_layers(
-    model: nn.Module, ignore: Sequence[str] = LM_HEAD, only: Sequence[str] | None = None
+    model: nn.Module,
+    ignore: Sequence[str] = LM_HEAD,
+    only: Sequence[str] | None = None,
+    *,
+    on_meta: bool = False,
 ) -> list[Layer]:
     """All layers that are to be pruned, in the order in which the model registers them.
 
@@ -90,6 +94,7 @@ def prunable_layers(
         ignore: Layers to leave alone: qualified names, or regular expressions for the whole name
             behind ``re:``.
         only: Layers to prune, in the same way; ``None`` for all.
+        on_meta: Whether weights may be on the meta device, to be loaded later.
 
     Raises:
         ValueError: Nothing is left to prune, an entry matches no layer, or a layer is quantised or
@@ -115,7 +120,7 @@ def prunable_layers(
     for layer in found:
         if layer.name not in ignored and id(layer.parameter) not in taken:
             taken.add(id(layer.parameter))
-            _check_weight(layer)
+            _check_weight(layer, on_meta=on_meta)
             layers.append(layer)
     if not layers:
         raise ValueError(
@@ -196,7 +201,7 @@ def matching(pattern: str, names: Sequence[str], *, required: bool = True) -> li
     return hits
 
 
-def _check_weight(layer: Layer) -> None:
+def _check_weight(layer: Layer, *, on_meta: bool) -> None:
     if layer.module._parameters.get("weight") is None:
         raise ValueError(
             f"layer {layer.name} computes its weight (a parametrization, or torch.nn.utils.prune): "
@@ -213,5 +218,5 @@ def _check_weight(layer: Layer) -> None:
             f"layer {layer.name} is on Apple's MPS, which has no float64 to sum statistics in: "
             f"move the model to the CPU, or use Trainer(accelerator='cpu')"
         )
-    if weight.is_meta:
+    if weight.is_meta and not on_meta:
         raise ValueError(f"layer {layer.name} is on the meta device; load its weights first")

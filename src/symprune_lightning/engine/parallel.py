@@ -200,13 +200,13 @@ class ShardedBlocks(Residence):
         self.blocks = [m for m in outermost if m not in inside]
         within = {m for block in self.blocks for m in block.modules()}
         self._rest = [m for m in self._sharded if m not in within]
-        self._root = model
+        self.model = model
         self._changes: list[Callable[[], None]] = []
         self._called = False
 
     def open(self) -> None:
         """Gather what lies outside the blocks."""
-        self._hook = self._root.register_forward_pre_hook(self._note)
+        self._hook = self.model.register_forward_pre_hook(self._note)
         for module in self._sharded:
             module.set_reshard_after_forward(False, recurse=False)
         for module in self._rest:
@@ -230,11 +230,11 @@ class ShardedBlocks(Residence):
     def close(self, *, complete: bool) -> None:
         """Let everything go, and have FSDP gather by itself again."""
         self._hook.remove()
-        if isinstance(self._root, FSDPModule) and self._called:
-            self._root.reset_iter_state()  # batches may have left in mid-forward
+        if isinstance(self.model, FSDPModule) and self._called:
+            self.model.reset_iter_state()  # batches may have left in mid-forward
         for module in self._sharded:
             module.reshard()
-            module.set_reshard_after_forward(module is not self._root, recurse=False)
+            module.set_reshard_after_forward(module is not self.model, recurse=False)
         if complete:
             self._repeat()
 

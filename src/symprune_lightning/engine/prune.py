@@ -17,6 +17,7 @@ from symprune_lightning.engine.method import (
     resolve_method,
 )
 from symprune_lightning.engine.parallel import ALONE, Ranks, residence_of
+from symprune_lightning.engine.residence import Residence
 from symprune_lightning.engine.result import Progress, PruneResult, Trial
 from symprune_lightning.engine.run import Run
 from symprune_lightning.engine.schedule import (
@@ -32,7 +33,7 @@ from symprune_lightning.functional.update import WeightUpdate
 
 
 def prune_model(
-    model: nn.Module,
+    model: nn.Module | Residence,
     batches: Iterable[Any],
     *,
     score: Score | str = "ria",
@@ -53,7 +54,9 @@ def prune_model(
 
     Args:
         model: Any module with ``Linear`` (or transformers ``Conv1D``) layers, on any device and in
-            any floating-point dtype. Runs in eval mode; its mode is restored.
+            any floating-point dtype. Runs in eval mode; its mode is restored. Or a checkpoint that
+            is read block by block, see [`StreamedCheckpoint`]
+            [symprune_lightning.streaming.StreamedCheckpoint].
         batches: Calibration data, an iterable of what the model takes: mappings are passed as
             keywords, tuples and lists as positional arguments, anything else as it is. Padding
             that a 2-D ``attention_mask`` marks is not measured. Not looked at by methods that need
@@ -104,7 +107,10 @@ def prune_model(
     check_schedule(schedule)
     if isinstance(batches, Tensor):
         raise ValueError("batches is one tensor; pass an iterable of batches, such as [tensor]")
-    layers = prunable_layers(model, ignore, only)
+    residence = model if isinstance(model, Residence) else residence_of(model)
+    if isinstance(model, Residence):
+        model = model.model
+    layers = prunable_layers(model, ignore, only, on_meta=isinstance(residence, Residence))
     method = resolve_method(
         model,
         layers,
@@ -116,9 +122,11 @@ def prune_model(
         update=update,
         schedule=schedule,
     )
+    together = next(iter(method.patterns.values())).group == "model"
+    if together and residence is not None and not residence.readable:
+        raise ValueError("group 'model' needs all weights at once: load the model as a whole")
     forward = forward or call_model
     trials: list[Trial] = []
-    residence = residence_of(model)
     with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
         if allocation is not None:
             if isinstance(sparsity, Mapping):

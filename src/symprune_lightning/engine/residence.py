@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import nn
 
@@ -16,10 +17,15 @@ class Residence(ABC):
     many batches each has.
 
     Attributes:
+        model: The model.
         blocks: The blocks that come and go, in model order.
     """
 
+    model: nn.Module
     blocks: list[nn.Module]
+
+    readable: ClassVar[bool] = True
+    """Whether a weight can be read and written when its block is not in memory."""
 
     @abstractmethod
     def open(self) -> None:

@@ -143,7 +143,7 @@ class SuspendedForward:
                     for batch in on_the_way:
                         _end(batch)
             if self.schedule == "dense":
-                self.prune([x for x in self.layers.values() if self.recorder.seen(x.name)])
+                self._prune_all()
             complete = True
         finally:
             if self.residence is not None:
@@ -198,6 +198,17 @@ class SuspendedForward:
         except Exception as error:  # told to the other processes at the next station
             return error
         return None
+
+    def _prune_all(self) -> None:
+        """Prune what was measured; block by block, where weights can't be read otherwise."""
+        seen = [layer for layer in self.layers.values() if self.recorder.seen(layer.name)]
+        if self.residence is not None and not self.residence.readable:
+            for block in self.residence.blocks:
+                self._enter(block)
+                inside = set(block.modules())
+                self.prune([layer for layer in seen if layer.module in inside])
+                seen = [layer for layer in seen if layer.module not in inside]
+        self.prune(seen)
 
     def _enter(self, block: nn.Module) -> None:
         """Have this block in memory, and no other."""

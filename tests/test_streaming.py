@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from symprune_lightning import StreamedCheckpoint, prune_model
+from tests.models import LANGUAGE, batches, build, llama
+
+METHODS = {
+    "ria": {"score": "ria"},
+    "exactswap": {"score": "wanda", "refine": "exactswap"},
+    "2:4": {"score": "wanda", "pattern": "2:4"},
+    "owl": {"score": "wanda", "allocation": "owl"},
+    "update": {"score": "ria", "update": "obsupdate"},
+    "block": {"score": "ria", "schedule": "block", "group": "block"},
+    "dense": {"score": "ria", "schedule": "dense"},
+}
+
+
+def stream(folder, method, data, **options):
+    with StreamedCheckpoint(folder / "dense", folder / "sparse", **options) as checkpoint:
+        result = prune_model(checkpoint, data, **method)
+        assert all(p.is_meta for block in checkpoint.blocks for p in block.parameters())
+        checkpoint.finish({"sparsity": result.sparsity})
+    return result
+
+
+def same_as_whole(folder, method, data):
+    """Prune the checkpoint in both ways, and compare masks and all weights."""
+    whole = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    expected = prune_model(whole, data, **method)
+    result = stream(folder, method, data)
+    for name, mask in expected.masks.items():
+        assert torch.equal(result.masks[name], mask), name
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "sparse")
+    assert loaded.state_dict().keys() == whole.state_dict().keys()
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+        assert loaded.state_dict()[name].dtype == weight.dtype
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_streamed_is_as_pruned_in_memory(tmp_path, method):
+    build("llama").save_pretrained(tmp_path / "dense")
+    same_as_whole(tmp_path, METHODS[method], batches())
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_architectures(tmp_path, name):
+    build(name).save_pretrained(tmp_path / "dense")
+    same_as_whole(tmp_path, METHODS["ria"], batches(name))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharded_half_precision(tmp_path, tied):
+    model = llama(tie_word_embeddings=tied)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2
+    same_as_whole(tmp_path, METHODS["ria"], batches())
+
+
+def test_the_output_reloads_shard_by_shard(tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    stream(tmp_path, METHODS["ria"], batches())
+    index = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "sparse" / file, framework="pt") as opened:
+            assert name in opened.keys()  # noqa: SIM118
+    files = {path.name for path in (tmp_path / "sparse").glob("*.safetensors")}
+    assert files == set(index["weight_map"].values())
+    assert len(files) == 4  # two blocks, what lies outside, and the spared output projection
+
+
+def test_layers_that_are_ignored_are_written_dense(tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    ignore = ["re:.*lm_head", r"re:.*layers\.0\..*"]
+    with StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse", ignore=ignore) as checkpoint:
+        prune_model(checkpoint, batches(), ignore=ignore)
+        checkpoint.finish({})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").model.layers
+    assert (loaded[0].mlp.up_proj.weight != 0).all()
+    assert (loaded[1].mlp.up_proj.weight == 0).float().mean() == 0.5
+
+
+def test_an_error_leaves_nothing_behind(tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="'nothing' matches none"):
+        stream(tmp_path, {"only": ["nothing"]}, batches())
+    checkpoint = StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse")
+    with pytest.raises(RuntimeError, match=r"finish\(\) was not called after"), checkpoint:
+        prune_model(checkpoint, batches())
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_wrong_sources(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+        StreamedCheckpoint(tmp_path / "nowhere", tmp_path / "sparse")
+    model = build("llama")
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "model.safetensors").rename(tmp_path / "weights")
+    with pytest.raises(FileNotFoundError, match="only safetensors are streamed"):
+        StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse")
+    model.model.save_pretrained(tmp_path / "body")
+    (tmp_path / "weights").unlink()
+    model.config.save_pretrained(tmp_path / "body")
+    with pytest.raises(ValueError, match="name weights otherwise than LlamaForCausalLM"):
+        StreamedCheckpoint(tmp_path / "body", tmp_path / "sparse")
+
+
+def test_groups_that_need_all_weights(tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="group 'model' needs all weights at once"):
+        stream(tmp_path, {"group": "model", "schedule": "dense"}, batches())
+
+
+def test_an_allocation_search_needs_the_whole_model(tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="needs the whole model in memory"):
+        stream(tmp_path, {"allocation": "search"}, batches())
