@@ -72,7 +72,7 @@ def test_the_output_reloads_shard_by_shard(tmp_path):
             assert name in opened.keys()  # noqa: SIM118
     files = {path.name for path in (tmp_path / "sparse").glob("*.safetensors")}
     assert files == set(index["weight_map"].values())
-    assert len(files) == 4  # two blocks, what lies outside, and the spared output projection
+    assert len(files) == 5  # two blocks, embeddings, the last norm, the output projection
 
 
 def test_layers_that_are_ignored_are_written_dense(tmp_path):

@@ -94,9 +94,11 @@ class StreamedCheckpoint(Residence):
         _buffers_to(self.model, self._device)
         layers = prunable_layers(self.model, list(ignore), on_meta=True)
         self.blocks = list(decoder_blocks(self.model, layers))
-        pruned = {layer.module for layer in layers}
+        self._pruned = {layer.module for layer in layers}
         self._names = {module: name for name, module in self.model.named_modules()}
-        self._spared = {m for m in self.model.modules() if is_linear(m) and m not in pruned}
+        self._spared = {m for m in self.model.modules() if is_linear(m) and m not in self._pruned}
+        inside = {module for block in self.blocks for module in block.modules()}
+        self._outside = [m for m in self.model.modules() if m not in inside]
         self._written: dict[str, str] = {}
         self._check_names()
 
@@ -124,9 +126,8 @@ class StreamedCheckpoint(Residence):
     def open(self) -> None:
         """Read what lies outside the blocks, but for spared output projections."""
         self._written.clear()
-        inside = {module for block in self.blocks for module in block.modules()}
-        for module in self.model.modules():
-            if module not in inside and module not in self._spared:
+        for module in self._outside:
+            if module not in self._spared:
                 self._load(module, self._names[module], recurse=False)
 
     def enter(self, block: nn.Module) -> None:
@@ -142,9 +143,7 @@ class StreamedCheckpoint(Residence):
         state = {f"{name}.{key}": value for key, value in block.state_dict().items()}
         self._write(self.blocks.index(block) + 1, state)
         for module in block.modules():
-            for key, parameter in list(module._parameters.items()):
-                if parameter is not None:
-                    module._parameters[key] = _meta(parameter)
+            _let_go(module)
 
     def close(self, *, complete: bool) -> None:
         """Write what lies outside the blocks: as read and pruned, or straight from the source."""
@@ -152,12 +151,15 @@ class StreamedCheckpoint(Residence):
             return
         done = set(self._written)
         rest = [name for name in self._files if name not in done]
-        known = {n: p for n, p in self.model.state_dict(keep_vars=True).items() if not p.is_meta}
+        pruned = [f"{self._names[m]}.weight" for m in self._outside if m in self._pruned]
         number = len(self.blocks) + 1
-        self._write(number, {name: known[name] for name in rest if name in known})
-        for name, tensor in self._read(name for name in rest if name not in known):
-            number += 1
-            self._write(number, {name: tensor})
+        self._write(number, {name: self.model.get_parameter(name) for name in pruned})
+        for module in self._outside:
+            _let_go(module)
+        for name in rest:
+            if name not in pruned:  # one at a time, which are the largest tensors there are
+                number += 1
+                self._write(number, dict(self._read([name])))
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the index, the configuration and the manifest; the folder is then complete."""
@@ -183,7 +185,8 @@ class StreamedCheckpoint(Residence):
         for full, tensor in self._read(wanted):
             path, _, key = wanted[full].rpartition(".")
             owner = module.get_submodule(path)
-            value = tensor.to(self._device)
+            # a copy, so that the file can be unmapped
+            value = tensor.to(self._device, copy=True)
             if key in owner._parameters:
                 owner._parameters[key] = nn.Parameter(value, requires_grad=False)
             else:
@@ -197,7 +200,7 @@ class StreamedCheckpoint(Residence):
         for file, inside in by_file.items():
             with safe_open(self._source / file, framework="pt") as opened:
                 for name in inside:
-                    yield name, opened.get_tensor(name).clone()
+                    yield name, opened.get_tensor(name)
 
     def _write(self, number: int, state: Mapping[str, Tensor]) -> None:
         """Write a file of the output."""
@@ -240,8 +243,12 @@ def _weight_files(folder: Path) -> dict[str, str]:
         return dict.fromkeys(opened.keys(), SINGLE)
 
 
-def _meta(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+def _let_go(module: nn.Module) -> None:
+    """Free a module's own parameters."""
+    for key, value in module._parameters.items():
+        if value is not None:
+            empty = torch.empty_like(value, device="meta")
+            module._parameters[key] = nn.Parameter(empty, requires_grad=False)
 
 
 def _buffers_to(model: nn.Module, device: torch.device) -> None:
