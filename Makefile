@@ -16,7 +16,7 @@ install: .venv/installed
 	touch $@
 
 demo: install  ## prune SmolLM2-135M-Instruct, evaluate it before and after, write the checkpoint
-	$(BIN)/symprune prune --config recipes/ria-r2dsnot.yaml --model.pretrained "$(MODEL)" --output runs/demo
+	$(BIN)/symprune prune --config recipes/ria-exactswap.yaml --model.pretrained "$(MODEL)" --output runs/demo
 
 test: lint  ## everything: lint, types, all tests
 	$(BIN)/pytest

@@ -1,7 +1,8 @@
 """Perplexity of SmolLM2-135M pruned by every score, refiner and composition.
 
     python benchmarks/quality.py MODEL --csv docs/quality.csv [--budgets 60%] [--seeds 0 1]
-    python benchmarks/quality.py --csv docs/quality.csv --table > docs/quality.md
+    python benchmarks/quality.py --csv docs/quality.csv --table
+    python benchmarks/quality.py --csv docs/quality.csv --plot docs/quality.png
 
 MODEL is anything that CausalLMModule takes. Calibration and evaluation text are different documents
 of the Python manual; the seed shuffles the documents. Every run is a row of the CSV file, written
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import pyplot
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -180,11 +182,40 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def plot(path: Path, picture: Path) -> None:
+    """One dot per run: perplexity by method, a panel per budget, a colour per seed."""
+    found = [row for row in rows(path) if row["budget"] in BUDGETS]
+    names = [name for name in methods() if any(row["method"] == name for row in found)][::-1]
+    figure, axes = pyplot.subplots(
+        1, len(BUDGETS), sharey=True, figsize=(14, 0.3 * len(names) + 1.2), layout="constrained"
+    )
+    for axis, budget in zip(axes, BUDGETS, strict=True):
+        for seed, colour in (("0", "tab:blue"), ("1", "tab:orange")):
+            runs = [row for row in found if row["budget"] == budget and row["seed"] == seed]
+            axis.scatter(
+                [float(row["perplexity"]) for row in runs],
+                [names.index(row["method"]) for row in runs],
+                color=colour,
+                label=f"seed {seed}",
+                zorder=2,
+            )
+        axis.set_xscale("log")
+        axis.set_xticks([20, 50, 100, 1000, 10000], ["20", "50", "100", "1000", "10⁴"])
+        axis.minorticks_off()
+        axis.set_title(budget)
+        axis.grid(alpha=0.3)
+        axis.set_xlabel("perplexity")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].legend()
+    figure.savefig(picture, dpi=90)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--csv", default="quality.csv")
     parser.add_argument("--table", action="store_true", help="print the table and stop")
+    parser.add_argument("--plot", type=Path, help="draw this picture and stop")
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
@@ -193,6 +224,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.table:
         print(table(Path(options.csv)))
+    elif options.plot is not None:
+        plot(Path(options.csv), options.plot)
     elif options.model is None:
         parser.error("name the model")
     else:

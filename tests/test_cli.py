@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from symprune_lightning import cli
 from tests.models import build
@@ -113,3 +115,26 @@ def test_the_command_is_installed_and_has_help():
     command = Path(sys.executable).parent / "symprune"
     run = subprocess.run([command, "prune", "--help"], capture_output=True, text=True, check=True)
     assert "--output" in run.stdout
+
+
+def test_streaming_writes_the_same_weights(model, monkeypatch, capsys):
+    recipe = next(path for path in RECIPES if path.stem == "ria-exactswap")
+    arguments = ["prune", "--config", recipe, *small(model)]
+    symprune(monkeypatch, *arguments, "--output", model / "whole")
+    symprune(monkeypatch, *arguments, "--output", model / "streamed", "--stream", "true")
+    assert "checkpoint: " in capsys.readouterr().out
+    whole, streamed = (
+        AutoModelForCausalLM.from_pretrained(model / name).state_dict()
+        for name in ("whole", "streamed")
+    )
+    for name, weight in whole.items():
+        assert torch.equal(streamed[name], weight), name
+    manifest = json.loads((model / "streamed" / "sparsity_manifest.json").read_text())
+    assert manifest["metrics"] == {"dense": {}, "pruned": {}}
+    assert (model / "streamed" / "tokenizer.json").is_file()
+
+
+def test_streaming_needs_somewhere_to_write(model, monkeypatch):
+    recipe = next(path for path in RECIPES if path.stem == "wanda")
+    with pytest.raises(SystemExit, match="stream needs an output folder"):
+        symprune(monkeypatch, "prune", "--config", recipe, *small(model), "--stream", "true")

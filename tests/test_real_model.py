@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from symprune_lightning.pretrained import load_model
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "ria-r2dsnot.yaml"
+RECIPE = Path(__file__).parent.parent / "recipes" / "ria-exactswap.yaml"
 
 
 @pytest.fixture(scope="module")

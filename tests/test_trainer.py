@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from symprune_lightning import CausalLMModule, SymPrune
 from symprune_lightning.export import MANIFEST
+from tests.callbacks.test_pruning import Plain, data, loader, module, quiet, sparsity
 from tests.models import build
-from tests.test_callbacks import Plain, data, loader, module, quiet, sparsity
 
 
 class Recording(pl.Callback):

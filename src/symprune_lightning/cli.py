@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from symprune_lightning.callbacks import PruningCallback
 from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.engine.parallel import RankError
 from symprune_lightning.engine.result import PruningError
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
@@ -75,5 +76,5 @@ def main() -> None:
             save_config_callback=None,
             seed_everything_default=0,
         )
-    except (ValueError, OSError, PruningError) as error:
+    except (ValueError, OSError, PruningError, RankError) as error:
         sys.exit(f"symprune: {error}")

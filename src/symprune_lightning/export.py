@@ -147,6 +147,7 @@ def manifest_of(
         "sparsity": result.sparsity,
         "metrics": {"dense": dict(dense), "pruned": dict(pruned)},
         "layers": [asdict(report) for report in result.layers],
+        "trials": [{"allocation": repr(t.allocation), "error": t.error} for t in result.trials],
         "unreached_layers": list(result.unreached),
         "versions": {
             "python": platform.python_version(),

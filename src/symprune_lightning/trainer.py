@@ -13,12 +13,19 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from transformers import PreTrainedModel
 
-from symprune_lightning.callbacks import PruningCallback, When, pruning_target
+from symprune_lightning.callbacks import (
+    PruningCallback,
+    When,
+    layer_progress,
+    pruning_target,
+)
 from symprune_lightning.datamodule import CalibrationDataModule
-from symprune_lightning.engine.parallel import whole_state
+from symprune_lightning.engine.layers import LM_HEAD
+from symprune_lightning.engine.parallel import ALONE, whole_state
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.export import check_destination, manifest_of, save_checkpoint
 from symprune_lightning.module import CausalLMModule
+from symprune_lightning.streaming import StreamedCheckpoint
 
 Callbacks = Callback | Sequence[Callback] | None
 
@@ -156,6 +163,7 @@ class Trainer(pl.Trainer):
         dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
         output: str | None = None,
+        stream: bool = False,
         *,
         callbacks: Callbacks = None,
     ) -> PruneResult:
@@ -167,6 +175,8 @@ class Trainer(pl.Trainer):
             dataloaders: Validation batches.
             datamodule: In place of dataloaders; its tokenizer is saved along.
             output: Folder for the checkpoint and its manifest; ``None`` writes nothing.
+            stream: Read, prune and write the model block by block, for one that is larger than
+                memory. It is not evaluated then, and ``model`` has to be one that is not loaded.
             callbacks: Callbacks for this call.
 
         Returns:
@@ -174,7 +184,8 @@ class Trainer(pl.Trainer):
 
         Raises:
             TypeError: A checkpoint is asked for, of what is no transformers model.
-            ValueError: There is not exactly one pruning callback with ``when="validate"``.
+            ValueError: There is not exactly one pruning callback with ``when="validate"``; or what
+                is needed to stream is missing.
             OSError: The folder can't be written to; said before anything is run.
         """
         callback = _only_pruning([*self.callbacks, *_listed(callbacks)])
@@ -182,6 +193,8 @@ class Trainer(pl.Trainer):
             check_destination(output)
             if not isinstance(model, CausalLMModule):
                 _transformers_model(model)
+        if stream:
+            return self._stream(output, model, datamodule, callback)
         self.validate(model, dataloaders, verbose=False, datamodule=datamodule, callbacks=callbacks)
         result = callback.result
         if result is None or not callback.has_pruned(model):
@@ -189,6 +202,37 @@ class Trainer(pl.Trainer):
         if output is not None:
             self._save(output, model, datamodule, callback, result)
         self.strategy.barrier()
+        return result
+
+    def _stream(
+        self,
+        output: str | None,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        callback: PruningCallback,
+    ) -> PruneResult:
+        if output is None or not isinstance(datamodule, CalibrationDataModule):
+            raise ValueError("stream needs an output folder and a CalibrationDataModule")
+        if not isinstance(module, CausalLMModule) or module.model is not None:
+            raise ValueError("stream needs a CausalLMModule that names a checkpoint")
+        if self.world_size > 1:
+            raise ValueError("stream runs in one process: use devices=1")
+        device = self.strategy.root_device
+        checkpoint = StreamedCheckpoint(
+            module.pretrained,
+            output,
+            device=device,
+            ignore=getattr(callback, "ignore", LM_HEAD),
+            trust_remote_code=module.trust_remote_code,
+        )
+        batches = (
+            {name: x.to(device) for name, x in batch.items()}
+            for batch in datamodule.calibration_dataloader()
+        )
+        with checkpoint, layer_progress(self) as progress:
+            result = callback.prune(checkpoint, batches, None, ALONE, progress)
+            callback.result = result
+            checkpoint.finish(self._manifest(module, datamodule, callback, result))
         return result
 
     def _save(
@@ -200,19 +244,29 @@ class Trainer(pl.Trainer):
         result: PruneResult,
     ) -> None:
         model = _transformers_model(module)
+        manifest = self._manifest(module, datamodule, callback, result)
         ours = datamodule if isinstance(datamodule, CalibrationDataModule) else None
-        manifest = manifest_of(
-            result,
-            model=str(getattr(module, "pretrained", model.config.name_or_path)),
-            settings=callback.settings,
-            data=None if ours is None else ours.settings,
-            dense=callback.dense_metrics,
-            pruned=callback.sparse_metrics,
-        )
         tokenizer = None if ours is None else ours.tokenizer
         state = whole_state(model)
         if self.is_global_zero:
             save_checkpoint(output, model, tokenizer, manifest, state)
+
+    @staticmethod
+    def _manifest(
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        callback: PruningCallback,
+        result: PruneResult,
+    ) -> dict[str, Any]:
+        named = getattr(module, "pretrained", None)
+        return manifest_of(
+            result,
+            model=str(named or _transformers_model(module).config.name_or_path),
+            settings=callback.settings,
+            data=datamodule.settings if isinstance(datamodule, CalibrationDataModule) else None,
+            dense=callback.dense_metrics,
+            pruned=callback.sparse_metrics,
+        )
 
     def _evaluate_dense(
         self,

@@ -23,6 +23,7 @@ from torch.utils.data import DistributedSampler
 from symprune_lightning.display import layer_bar, summary
 from symprune_lightning.engine.parallel import ALONE, Ranks
 from symprune_lightning.engine.prune import call_model
+from symprune_lightning.engine.residence import Residence
 from symprune_lightning.engine.result import Progress, PruneResult
 from symprune_lightning.engine.schedule import Forward
 
@@ -92,7 +93,7 @@ class PruningCallback(Callback, ABC):
     @abstractmethod
     def prune(
         self,
-        model: nn.Module,
+        model: nn.Module | Residence,
         batches: Iterable[Any],
         forward: Forward | None,
         ranks: Ranks,
@@ -101,7 +102,7 @@ class PruningCallback(Callback, ABC):
         """Prune ``model`` in place.
 
         Args:
-            model: The module, or its ``prunable_model``.
+            model: The module, or its ``prunable_model``, or a checkpoint that is streamed.
             batches: This process's share of the calibration batches, on the module's device.
             forward: As in ``prune_model``.
             ranks: The Trainer's processes.
@@ -167,7 +168,7 @@ class PruningCallback(Callback, ABC):
         step = getattr(module, "calibration_step", None)
         ranks = _ranks(trainer)
         batches = ranks.deal(self._calibration_batches(trainer, module))
-        with _progress(trainer) as progress:
+        with layer_progress(trainer) as progress:
             self.result = self.prune(
                 pruning_target(module),
                 _on_device(batches, trainer),
@@ -270,7 +271,8 @@ def _watched(trainer: Trainer) -> bool:
 
 
 @contextmanager
-def _progress(trainer: Trainer) -> Iterator[Progress]:
+def layer_progress(trainer: Trainer) -> Iterator[Progress]:
+    """A bar of layers, where a person looks on."""
     if not _watched(trainer):
         yield lambda report, done, total: None
         return

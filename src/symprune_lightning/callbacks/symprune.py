@@ -13,6 +13,7 @@ from symprune_lightning.engine.layers import LM_HEAD
 from symprune_lightning.engine.method import Refine, check_group, refiners_of
 from symprune_lightning.engine.parallel import Ranks
 from symprune_lightning.engine.prune import prune_model
+from symprune_lightning.engine.residence import Residence
 from symprune_lightning.engine.result import Progress, PruneResult
 from symprune_lightning.engine.schedule import Forward, Schedule, check_schedule
 from symprune_lightning.functional.allocation import Allocation
@@ -107,7 +108,7 @@ class SymPrune(PruningCallback):
 
     def prune(
         self,
-        model: nn.Module,
+        model: nn.Module | Residence,
         batches: Iterable[Any],
         forward: Forward | None,
         ranks: Ranks,
