@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("model")
     for option, default in (("rounds", 3), ("sequences", 32), ("length", 512), ("batch", 4)):
         parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     options = parser.parse_args()
 
     model = load_model(options.model, dtype="float32")
@@ -65,12 +66,15 @@ def main() -> None:
         batch_size=options.batch,
     )
     batches = list(data.calibration_dataloader())
-    times = measure(model, batches, options.rounds)
+    times = measure(model, batches, options.rounds, options.methods)
     show(times, f"{options.sequences}×{options.length} tokens, float32")
 
 
 def measure(
-    model: PreTrainedModel, batches: list[dict[str, torch.Tensor]], rounds: int
+    model: PreTrainedModel,
+    batches: list[dict[str, torch.Tensor]],
+    rounds: int,
+    methods: list[str],
 ) -> dict[str, list[float]]:
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     body = model.base_model
@@ -82,8 +86,8 @@ def measure(
             "forward": lambda: forward(model, batches),
             "forward without the output projection": lambda: forward(body, batches),
         }
-        for name, method in METHODS.items():
-            runs[name] = partial(prune_model, model, batches, **method)
+        for name in methods:
+            runs[name] = partial(prune_model, model, batches, **METHODS[name])
         for name, run in runs.items():
             model.load_state_dict(dense)
             times.setdefault(name, []).append(seconds(run))

@@ -117,7 +117,7 @@ class Division:
         for allocation in candidates:
             method = replace(self._with(allocation, sparsity), refiners={}, update=None)
             try:
-                run = Run(self.layers, method, self.ranks, None, None)
+                run = Run(self.layers, method, self.ranks)
                 run.run(self.model, self.batches, self.forward, self.schedule)
                 sums = torch.zeros(2, dtype=torch.float64)
                 for x, y in zip(self._last_states(), dense, strict=True):

@@ -88,13 +88,15 @@ class Ranks:
         """All rows for the first process, none for the others: for work that can't be divided."""
         return slice(0, count if self.rank == 0 else 0)
 
-    def sum_(self, totals: Iterable[Tensor]) -> None:
-        """Replace totals by their sums over all processes that count."""
-        if self.size == 1:
+    def sum_(self, totals: Sequence[Tensor]) -> None:
+        """Replace float64 totals by their sums over all processes that count, in one exchange."""
+        if self.size == 1 or not totals:
             return
-        for total in totals:
-            mine = total if self.counts else torch.zeros_like(total)
-            total.copy_(self.added(mine))
+        mine = torch.cat([total.flatten() for total in totals])
+        together = self.added(mine if self.counts else torch.zeros_like(mine))
+        parts = torch.split(together, [total.numel() for total in totals])
+        for total, found in zip(totals, parts, strict=True):
+            total.copy_(found.view_as(total))
 
     def union(self, mine: Iterable[int], count: int) -> list[int]:
         """The indices below ``count`` that any process has, in order."""
@@ -122,10 +124,6 @@ class Ranks:
             self._raise_together(error)
         return int(told)
 
-    def check(self, error: Exception | None) -> None:
-        """Let all processes fail if one has: see ``least``."""
-        self.least(0, error)
-
     def added(self, figures: Tensor) -> Tensor:
         """The sum over all processes."""
         if self.size == 1:
@@ -134,16 +132,59 @@ class Ranks:
         dist.all_reduce(moved)
         return moved
 
+    def join_masks(
+        self,
+        shape: Sequence[int],
+        rows: slice,
+        mask: Tensor | None,
+        figures: Tensor | None,
+        error: Exception | None,
+    ) -> tuple[Tensor, Tensor]:
+        """A whole mask, of which every process has some rows, and the sums of their figures.
+
+        One exchange, in which masks travel as packed bits and each process has a place for its
+        figures and for whether it failed.
+
+        Args:
+            shape: Of the whole mask.
+            rows: Which of them this process has.
+            mask: These rows; ``None`` if it has failed.
+            figures: Float64 vector of five; ``None`` if it has failed.
+            error: Why it has failed.
+
+        Raises:
+            Exception: See ``least``.
+        """
+        if error is not None and self.size == 1:
+            raise error
+        if self.size == 1:
+            assert mask is not None
+            assert figures is not None
+            return mask, figures
+        told = torch.zeros(self.size, 6, dtype=torch.float64)
+        bits = torch.zeros(shape[0], -(-shape[1] // 8), dtype=torch.uint8, device=self.device)
+        told[self.rank, 5] = error is not None
+        if mask is not None and figures is not None:
+            told[self.rank, :5] = figures
+            bits[rows] = _packed(mask).to(self.device)
+        head = told.view(torch.uint8).flatten().to(self.device)
+        together = torch.cat([head, bits.flatten()])
+        dist.all_reduce(together)
+        head, data = torch.split(together, [len(head), bits.numel()])
+        told = head.cpu().clone().view(torch.float64).view(self.size, 6)
+        if told[:, 5].any():
+            self._raise_together(error)
+        assert mask is not None
+        return _unpacked(data.view_as(bits).to(mask.device), shape[1]), told[:, :5].sum(0)
+
     def join_rows(self, part: Tensor, rows: slice, count: int) -> Tensor:
-        """All rows of a matrix of which every process has some; bool travels as packed bits."""
+        """All rows of a matrix of which every process has some."""
         if self.size == 1:
             return part
-        data = _packed(part) if part.dtype == torch.bool else part
-        whole = torch.zeros(count, data.shape[1], dtype=data.dtype, device=self.device)
-        whole[rows] = data.to(self.device)
+        whole = torch.zeros(count, part.shape[1], dtype=part.dtype, device=self.device)
+        whole[rows] = part.to(self.device)
         dist.all_reduce(whole)
-        whole = whole.to(part.device)
-        return _unpacked(whole, part.shape[1]) if part.dtype == torch.bool else whole
+        return whole.to(part.device)
 
     def check_same(self, weights: Sequence[Tensor]) -> None:
         """Make sure that all processes hold the same values.

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from symprune_lightning.engine.allocate import Division
-from symprune_lightning.engine.layers import LM_HEAD, prunable_layers
+from symprune_lightning.engine.layers import LM_HEAD, decoder_blocks, prunable_layers
 from symprune_lightning.engine.method import (
     Refine,
     Sparsity,
     resolve_method,
 )
 from symprune_lightning.engine.parallel import ALONE, Ranks, residence_of
-from symprune_lightning.engine.residence import Residence
+from symprune_lightning.engine.residence import Residence, Resident
 from symprune_lightning.engine.result import Progress, PruneResult, Trial
 from symprune_lightning.engine.run import Run
 from symprune_lightning.engine.schedule import (
@@ -48,6 +49,7 @@ def prune_model(
     only: Sequence[str] | None = None,
     forward: Forward | None = None,
     ranks: Ranks = ALONE,
+    offload: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
     """Prune a model in place, in one pass over the calibration batches.
@@ -83,6 +85,9 @@ def prune_model(
         ranks: The processes that prune this model together: ``Ranks.all()`` in a script started by
             torchrun. ``batches`` is then this process's share (``ranks.deal`` makes one). All must
             call alike, and all end with the same masks.
+        offload: Where the hidden states of batches are kept while they wait before a decoder block:
+            ``"cpu"`` for the CPU's memory, or a folder on disk; ``None`` leaves them on the device.
+            Batches inside a block stay there, with schedule block one at a time.
         progress: Called after every layer.
 
     Returns:
@@ -134,7 +139,9 @@ def prune_model(
             batches = list(batches)
             division = Division(model, layers, batches, forward, method, schedule, ranks, residence)
             method, trials = division.divided(by_name(Allocation, allocation), sparsity)  # type: ignore[type-abstract]
-        run = Run(layers, method, ranks, residence, progress)
+        if offload is not None and residence is None:
+            residence = Resident(model, list(decoder_blocks(model, layers)))
+        run = Run(layers, method, ranks, residence, offload, progress)
         run.result.trials.extend(trials)
         with run.saying_what_is_done():
             run.run(model, batches, forward, schedule)

@@ -167,6 +167,7 @@ class Recorder:
         self._sources: defaultdict[str, set[str]] = defaultdict(set)
         self._joined: dict[tuple[str, ...], dict[Need, _Sums]] = {}
         self._asked: set[tuple[str, ...]] = set()
+        self._agreed: dict[str, tuple[str, ...]] = {}
         self._done: set[str] = set()
 
     def observe(self, layer: Layer, x: Tensor, last: LastInput, valid: Tensor | None) -> None:
@@ -206,8 +207,7 @@ class Recorder:
 
     def seen(self, layer: str) -> bool:
         """Whether any batch of any process has reached the layer."""
-        mine = {self._index[source] for source in self._sources.get(layer, ())}
-        return bool(self._ranks.union(mine, len(self._index)))
+        return bool(self._sources_anywhere(layer))
 
     def statistics(self, name: str) -> Statistics:
         """What was measured of a layer so far, summed over processes.
@@ -220,7 +220,7 @@ class Recorder:
         if self._measures_output:
             output = InputMoments(layer.shape[0], layer.parameter.device)
             output += self._outputs.get(name, output)
-            self._ranks.sum_(output.totals.values())
+            self._ranks.sum_(list(output.totals.values()))
             measured["output"] = output.value
         statistics = Statistics(layer=name, **measured)
         moments = statistics.input
@@ -246,6 +246,15 @@ class Recorder:
         self._outputs = {k: v for k, v in self._outputs.items() if k not in self._done}
         self._done.update(layers)
 
+    def _sources_anywhere(self, layer: str) -> tuple[str, ...]:
+        """Where the layer's input was measured, on any process; found out once for each layer."""
+        if layer not in self._agreed:
+            mine = {self._index[source] for source in self._sources.get(layer, ())}
+            names = list(self._layers)
+            found = self._ranks.union(mine, len(names))
+            self._agreed[layer] = tuple(names[i] for i in found)
+        return self._agreed[layer]
+
     def _zeros(self, layer: Layer, device: torch.device) -> dict[Need, _Sums]:
         return {need: kind(layer.shape[1], device) for need, kind in self._kinds.items()}
 
@@ -255,16 +264,13 @@ class Recorder:
         There is almost always one source, the layer's own or one that it shares. More than one are
         there if a model shares an input in some batches and not in others.
         """
-        mine = {self._index[source] for source in self._sources.get(layer.name, ())}
-        names = list(self._layers)
-        key = tuple(names[i] for i in self._ranks.union(mine, len(names)))
+        key = self._sources_anywhere(layer.name)
         if key not in self._joined:
             joined = self._zeros(layer, layer.parameter.device)
             for source in key:
                 for need, sums in self._sums.get(source, {}).items():
                     joined[need] += sums
-            for sums in joined.values():
-                self._ranks.sum_(sums.totals.values())
+            self._ranks.sum_([total for sums in joined.values() for total in sums.totals.values()])
             self._joined[key] = joined
         self._asked.add(key)
         return self._joined[key]

@@ -46,3 +46,30 @@ class Residence(ABC):
     @abstractmethod
     def close(self, *, complete: bool) -> None:
         """Put the rest away; ``complete`` if nothing went wrong."""
+
+
+class Resident(Residence):
+    """A model that is in memory all the time; batches still wait before each block.
+
+    Args:
+        model: The model.
+        blocks: Its decoder blocks.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module]) -> None:
+        self.model, self.blocks = model, blocks
+
+    def open(self) -> None:
+        """Nothing to do."""
+
+    def enter(self, block: nn.Module) -> None:
+        """Nothing to do."""
+
+    def changed(self, change: Callable[[], None]) -> None:
+        """Nothing to do."""
+
+    def leave(self, block: nn.Module) -> None:
+        """Nothing to do."""
+
+    def close(self, *, complete: bool) -> None:
+        """Nothing to do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,6 +56,7 @@ class Run:
         method: How.
         ranks: The processes that prune together.
         residence: Where the weights are, if they are not in memory all the time.
+        offload: Where the hidden states of waiting batches are, if not beside the weights.
         progress: Called after every layer.
     """
 
@@ -63,13 +65,15 @@ class Run:
         layers: list[Layer],
         method: Method,
         ranks: Ranks,
-        residence: Residence | None,
-        progress: Progress | None,
+        residence: Residence | None = None,
+        offload: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.layers = layers
         self.method = method
         self.ranks = ranks
         self.residence = residence
+        self.offload = offload
         self.progress = progress
         self.result = PruneResult()
         # moments cost next to nothing, and tell activations that are not finite
@@ -84,7 +88,14 @@ class Run:
             return
         recorder = self.recorder or Recorder((), self.layers, self.ranks)
         suspended = SuspendedForward(
-            model, self.layers, recorder, self.prune, schedule, self.ranks, self.residence
+            model,
+            self.layers,
+            recorder,
+            self.prune,
+            schedule,
+            self.ranks,
+            self.residence,
+            self.offload,
         )
         if not suspended.run(batches, forward):
             raise ValueError(EMPTY)
@@ -128,10 +139,9 @@ class Run:
             parts = list(self._parts(layers, weights, statistics))
         except Exception as raised:  # told to the other processes, and raised by all
             error = raised
-        self.ranks.check(error)
         # `weights` may be the parameters themselves: no use of them beyond here
-        for layer, part, measured in zip(layers, parts, statistics, strict=True):
-            self._apply(layer, part, measured)
+        for i, layer in enumerate(layers):
+            self._apply(layer, None if error else parts[i], error, statistics[i])
 
     def _parts(
         self, layers: Sequence[Layer], weights: Sequence[Tensor], statistics: Sequence[Statistics]
@@ -187,10 +197,19 @@ class Run:
         figures = _figures(weight, first, mask, updated, statistics)
         return _Part(rows, mask, updated, order, figures, time.perf_counter() - start)
 
-    def _apply(self, layer: Layer, part: _Part, statistics: Statistics) -> None:
+    def _apply(
+        self, layer: Layer, part: _Part | None, error: Exception | None, statistics: Statistics
+    ) -> None:
         """Join the parts of all processes, change the weight, and report."""
         rows, columns = layer.shape
-        mask = self.ranks.join_rows(part.mask, part.rows, rows)
+        mask, figures = self.ranks.join_masks(
+            (rows, columns),
+            slice(0) if part is None else part.rows,
+            None if part is None else part.mask,
+            None if part is None else part.figures,
+            error,
+        )
+        assert part is not None
         updated = part.updated
         if updated is not None:
             updated = self.ranks.join_rows(updated, part.rows, rows)
@@ -204,7 +223,7 @@ class Run:
         if self.residence is not None:
             self.residence.changed(change)
         self.result.masks[layer.name] = mask.cpu()
-        output, *errors, swaps = self.ranks.added(part.figures).tolist()
+        output, *errors, swaps = figures.tolist()
         measured = [None if statistics.input is None else e / max(output, 1e-30) for e in errors]
         report = LayerReport(
             name=layer.name,

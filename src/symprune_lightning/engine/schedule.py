@@ -12,6 +12,7 @@ Memory: about one hidden state per batch, and for stations inside a block what t
 from __future__ import annotations
 
 import contextvars
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_map
 
 from symprune_lightning.engine.layers import Layer, decoder_blocks, is_linear
 from symprune_lightning.engine.parallel import ALONE, Ranks
+from symprune_lightning.engine.parking import park
 from symprune_lightning.engine.recorder import LastInput, Recorder
 from symprune_lightning.engine.residence import Residence
 
@@ -95,6 +97,7 @@ class SuspendedForward:
         schedule: When that is.
         ranks: The processes that prune together.
         residence: Where weights are, if not in memory all the time.
+        offload: Where the hidden states of batches are that wait before a block: see ``park``.
     """
 
     def __init__(
@@ -106,8 +109,10 @@ class SuspendedForward:
         schedule: Schedule = "layer",
         ranks: Ranks = ALONE,
         residence: Residence | None = None,
+        offload: str | os.PathLike[str] | None = None,
     ) -> None:
         self.model = model
+        self.offload = offload
         self.layers = {layer.module: layer for layer in layers}
         self.recorder = recorder
         self.prune = prune
@@ -286,7 +291,7 @@ class SuspendedForward:
                 f"the model comes to the same {type(module).__name__} twice, which is not "
                 f"supported for a model that is sharded or read block by block"
             )
-        batch.wait_at(entrance)
+        self._wait_parked(batch, entrance, args, kwargs)
         if self.schedule != "block":
             # batches are suspended inside, of which the hooks of FSDP must not know
             batch.passed = module, module.forward(*args, **kwargs)
@@ -314,7 +319,24 @@ class SuspendedForward:
             copies = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
             module(*copies[0], **copies[1])
             batch.measuring = False
-        batch.wait_at(module)
+            del copies
+            self._wait_parked(batch, module, args, kwargs)
+        else:
+            batch.wait_at(module)
+
+    def _wait_parked(
+        self, batch: _Batch, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Wait at a block, with the hidden states elsewhere if that is asked for."""
+        x = args[0] if args else kwargs.get("hidden_states")
+        if self.offload is None or not isinstance(x, Tensor):
+            batch.wait_at(station)
+            return
+        back = park(x, self.offload)
+        try:
+            batch.wait_at(station)
+        finally:
+            back()
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = _current()

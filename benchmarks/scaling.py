@@ -1,0 +1,89 @@
+"""What a second process brings: one process of one thread against two of one thread each.
+
+    python benchmarks/scaling.py MODEL [--sequences 32] [--length 512] [--rounds 1]
+
+MODEL is anything that CausalLMModule takes. Each run is a process group of its own on gloo; what is
+timed is ``prune_model`` on a model that is in memory, from a barrier to the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, multiprocessing
+
+from symprune_lightning import CalibrationDataModule, ExactSwap, Ranks, prune_model
+from symprune_lightning.pretrained import load_model
+
+METHODS: dict[str, dict[str, Any]] = {
+    "RIA": {"score": "ria"},
+    "RIA + ExactSwap": {"score": "ria", "refine": ExactSwap()},
+}
+
+
+def work(rank: int, size: int, folder: str, options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size
+    )
+    model = load_model(options.model, dtype="float32")
+    data = CalibrationDataModule(
+        "python-docs",
+        options.model,
+        sequences=options.sequences,
+        sequence_length=options.length,
+        evaluation_sequences=1,
+        batch_size=4,
+    )
+    batches = list(data.calibration_dataloader())
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    times = {}
+    for name in options.methods:
+        method = METHODS[name]
+        model.load_state_dict(dense)
+        distributed.barrier()
+        start = time.perf_counter()
+        ranks = Ranks.all()
+        prune_model(model, ranks.deal(batches), ranks=ranks, **method)
+        times[name] = time.perf_counter() - start
+    if rank == 0:
+        (Path(folder) / "times.json").write_text(json.dumps(times))
+    distributed.barrier()
+    os._exit(0)
+
+
+def times_of(size: int, options: argparse.Namespace) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, args=(size, folder, options), nprocs=size)  # type: ignore[attr-defined,no-untyped-call]
+        found: dict[str, float] = json.loads((Path(folder) / "times.json").read_text())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model")
+    for option, default in (("sequences", 32), ("length", 512), ("rounds", 1)):
+        parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    options = parser.parse_args()
+    runs = [(times_of(1, options), times_of(2, options)) for _ in range(options.rounds)]
+    for name in options.methods:
+        one, two = ([run[i][name] for run in runs] for i in (0, 1))
+        ratios = [a / b for a, b in zip(one, two, strict=True)]
+        print(
+            f"{name}: 1 process {statistics.median(one):.1f} s, 2 processes "
+            f"{statistics.median(two):.1f} s, {statistics.median(ratios):.2f} × faster "
+            f"({min(ratios):.2f} – {max(ratios):.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()

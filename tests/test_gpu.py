@@ -1,0 +1,65 @@
+"""What only a GPU can show; skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from symprune_lightning import (
+    CalibrationDataModule,
+    CausalLMModule,
+    StreamedCheckpoint,
+    SymPrune,
+    Trainer,
+    prune_model,
+)
+from tests.models import VOCABULARY, batches, build
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+METHODS = {
+    "wanda": {"score": "wanda"},
+    "ria-r2dsnot": {"score": "ria", "refine": "r2dsnot"},
+    "exactswap": {"score": "wanda", "refine": "exactswap"},
+    "2:4": {"score": "wanda", "pattern": "2:4"},
+    "update": {"score": "ria", "update": "obsupdate"},
+}
+
+
+def on_gpu():
+    return [{name: x.cuda() for name, x in batch.items()} for batch in batches()]
+
+
+@pytest.mark.parametrize("schedule", ["layer", "block", "dense"])
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_are_nearly_those_of_the_cpu(method, schedule):
+    options = {**METHODS[method], "schedule": schedule}
+    cpu = prune_model(build("llama"), batches(), **options)
+    gpu = prune_model(build("llama").cuda(), on_gpu(), **options)
+    assert gpu.sparsity == cpu.sparsity
+    first = next(iter(cpu.masks))  # later ones see what rounding did to the earlier
+    assert (gpu.masks[first] != cpu.masks[first]).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "16-mixed"])
+def test_trainer_on_one_gpu(precision):
+    texts = torch.randint(3, VOCABULARY, (20, 16)).tolist()
+    data = CalibrationDataModule(texts, sequences=4, evaluation_sequences=4, sequence_length=16)
+    callback = SymPrune(sparsity=0.5, refine="exactswap")
+    Trainer(accelerator="gpu", devices=1, precision=precision, logger=False).validate(
+        CausalLMModule(build("llama")), datamodule=data, callbacks=callback, verbose=False
+    )
+    assert callback.result is not None
+    assert callback.result.sparsity == 0.5
+
+
+def test_streaming_through_a_gpu(tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    checkpoint = StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse", device="cuda")
+    with checkpoint:
+        result = prune_model(checkpoint, on_gpu(), score="wanda")
+        checkpoint.finish({})
+    layers = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").model.layers
+    name = "model.layers.1.mlp.up_proj"
+    assert torch.equal(layers[1].mlp.up_proj.weight != 0, result.masks[name])
