@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from symprune_lightning import OBSUpdate, R2DSnoT
+from symprune_lightning import NM, OBSUpdate, R2DSnoT
 from symprune_lightning.engine.layers import Layer
 from symprune_lightning.engine.parallel import ALONE, Ranks, _packed, _unpacked
 from symprune_lightning.engine.prune import prune_model
@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ria-r2dsnot": {"score": "ria", "refine": R2DSnoT(threshold=1e-3)},
     "exactswap": {"score": "wanda", "refine": "exactswap"},
     "2:4": {"score": "ria", "pattern": "2:4"},
+    "permuted": {"score": "ria", "pattern": NM(2, 4, permute=True)},
     "block": {"score": "ria", "refine": ["r2dsnot", "exactswap"], "schedule": "block"},
     "dense": {"score": "symwanda", "schedule": "dense", "group": "model"},
     "layer": {"score": "wanda", "group": "layer"},

@@ -76,31 +76,47 @@ class Method:
             groups.setdefault(key, []).append(layer)
         return list(groups.values())
 
+    def by_rows(self, layer: Layer) -> bool:
+        """Whether a row's mask can be made without looking at the other rows."""
+        pattern = self.patterns[layer.name]
+        return pattern.group == "output" and not (isinstance(pattern, NM) and pattern.permute)
+
     def scores(
-        self, layers: Sequence[Layer], weights: Sequence[Tensor], statistics: Sequence[Statistics]
+        self,
+        layers: Sequence[Layer],
+        weights: Sequence[Tensor],
+        statistics: Sequence[Statistics],
+        rows: Sequence[slice],
     ) -> list[Tensor]:
-        """Scores of layers; −∞ where a weight is zero already, so that it is pruned first."""
+        """Scores of layers; −∞ where a weight is zero already, so that it is pruned first.
+
+        Of the given rows only, where the others have no say in the mask.
+        """
         scores = []
-        for layer, weight, measured in zip(layers, weights, statistics, strict=True):
+        for layer, weight, measured, part in zip(layers, weights, statistics, rows, strict=True):
             with naming(layer):
-                score = self.score(weight, measured)
+                wanted = part if self.by_rows(layer) else slice(None)
+                score = self.score(weight, measured)[wanted]
                 if not score.isfinite().all():
                     raise ValueError("some weights or scores are NaN or infinite")
-                scores.append(score.masked_fill(weight == 0, -torch.inf))
+                scores.append(score.masked_fill(weight[wanted] == 0, -torch.inf))
         return scores
 
     def first_masks(
         self, layers: Sequence[Layer], scores: Sequence[Tensor], rows: Sequence[slice]
     ) -> list[Tensor]:
-        """Masks by score of some rows of layers that compete, before any refining.
+        """Masks of some rows of layers that compete, before any refining. Zeros stay pruned.
 
-        Zeros stay pruned.
+        Args:
+            layers: The layers.
+            scores: What ``scores`` gave for these rows.
+            rows: The rows.
         """
         pattern = self.patterns[layers[0].name]
-        if pattern.group == "output":
+        if self.by_rows(layers[0]):  # the scores are of these rows
             return [
-                self.patterns[layer.name].mask(score[part]) & score[part].isfinite()
-                for layer, score, part in zip(layers, scores, rows, strict=True)
+                self.patterns[layer.name].mask(score) & score.isfinite()
+                for layer, score in zip(layers, scores, strict=True)
             ]
         if len(layers) == 1:
             masks = [pattern.mask(scores[0])]

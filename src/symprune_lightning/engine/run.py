@@ -157,7 +157,7 @@ class Run:
                 rows = [self.ranks.whole(len(weight)) for weight in weights]
             firsts = [first[part] for first, part in zip(firsts, rows, strict=True)]
         else:
-            scores = method.scores(layers, weights, statistics)
+            scores = method.scores(layers, weights, statistics, rows)
             orders = [method.order(*pair) for pair in zip(layers, scores, strict=True)]
             scores = [s if o is None else s[:, o] for s, o in zip(scores, orders, strict=True)]
             firsts = method.first_masks(layers, scores, rows)
