@@ -111,6 +111,11 @@ def test_wrong_sources(tmp_path):
         StreamedCheckpoint(tmp_path / "body", tmp_path / "sparse")
 
 
+def test_a_method_that_needs_no_data(tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    same_as_whole(tmp_path, {"score": "magnitude"}, [])
+
+
 def test_groups_that_need_all_weights(tmp_path):
     build("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="group 'model' needs all weights at once"):

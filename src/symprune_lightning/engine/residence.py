@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from symprune_lightning.engine.layers import Layer
 
 
 class Residence(ABC):
@@ -46,6 +49,17 @@ class Residence(ABC):
     @abstractmethod
     def close(self, *, complete: bool) -> None:
         """Put the rest away; ``complete`` if nothing went wrong."""
+
+    def visit(self, layers: Sequence[Layer], prune: Callable[[Sequence[Layer]], None]) -> None:
+        """Prune layers without a forward; block by block, where weights can't be read otherwise."""
+        left = list(layers)
+        for block in () if self.readable else self.blocks:
+            self.enter(block)
+            inside = set(block.modules())
+            prune([layer for layer in left if layer.module in inside])
+            left = [layer for layer in left if layer.module not in inside]
+            self.leave(block)
+        prune(left)
 
 
 class Resident(Residence):

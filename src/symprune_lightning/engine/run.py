@@ -83,14 +83,13 @@ class Run:
         self, model: nn.Module, batches: Iterable[Any], forward: Forward, schedule: Schedule
     ) -> None:
         """Send the batches through the model, pruning on the way; without, if none are needed."""
-        if self.recorder is None and self.residence is None:
-            self.prune(self.layers)
+        if self.recorder is None:
+            self._prune_without_data()
             return
-        recorder = self.recorder or Recorder((), self.layers, self.ranks)
         suspended = SuspendedForward(
             model,
             self.layers,
-            recorder,
+            self.recorder,
             self.prune,
             schedule,
             self.ranks,
@@ -113,6 +112,19 @@ class Run:
             "a batch came to these layers after they had been pruned, and was not measured there "
             "(use schedule='dense' to measure every call)",
         )
+
+    def _prune_without_data(self) -> None:
+        """Prune all layers as they are, with no forward."""
+        if self.residence is None:
+            self.prune(self.layers)
+            return
+        complete = False
+        self.residence.open()
+        try:
+            self.residence.visit(self.layers, self.prune)
+            complete = True
+        finally:
+            self.residence.close(complete=complete)
 
     def prune(self, layers: Sequence[Layer]) -> None:
         """Prune layers whose statistics are complete."""

@@ -205,15 +205,15 @@ class SuspendedForward:
         return None
 
     def _prune_all(self) -> None:
-        """Prune what was measured; block by block, where weights can't be read otherwise."""
+        """Prune what was measured."""
         seen = [layer for layer in self.layers.values() if self.recorder.seen(layer.name)]
-        if self.residence is not None and not self.residence.readable:
-            for block in self.residence.blocks:
-                self._enter(block)
-                inside = set(block.modules())
-                self.prune([layer for layer in seen if layer.module in inside])
-                seen = [layer for layer in seen if layer.module not in inside]
-        self.prune(seen)
+        if self.residence is None:
+            self.prune(seen)
+            return
+        if self.inside is not None:
+            self.residence.leave(self.inside)
+        self.inside = None
+        self.residence.visit(seen, self.prune)
 
     def _enter(self, block: nn.Module) -> None:
         """Have this block in memory, and no other."""
