@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
 from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune, Trainer
@@ -63,6 +64,37 @@ def prune_all(rank: int, size: int, folder: Path, name: str) -> None:
         output = str(folder / f"{name}-{sequences}")
         saved = prune(folder, sequences, output, strategy=strategy, devices=size)
         torch.save(saved, folder / f"{name}-{sequences}-{rank}.pt")
+
+
+def save_in_both_ways(rank: int, size: int, folder: Path) -> None:
+    for sharded in (True, False):
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=sharded)
+        module = CausalLMModule(str(folder / "dense"))
+        trainer = Trainer(**TRAINER, strategy=strategy, devices=size)
+        callback = SymPrune("wanda", sparsity=0.5, baseline=False)
+        trainer.validate(module, datamodule=data(folder, 5), callbacks=callback, verbose=False)
+        trainer.save_checkpoint(folder / ("sharded.ckpt" if sharded else "full.ckpt"))
+
+
+def test_lightning_checkpoints_of_a_sharded_model(folder):
+    """Saved under FSDP2, loaded again in one process."""
+    run_trainers(save_in_both_ways, 2, folder)
+    alone = CausalLMModule(str(folder / "dense"))
+    pruning = SymPrune("wanda", sparsity=0.5, baseline=False)
+    Trainer(**TRAINER, devices=1).validate(
+        alone, datamodule=data(folder, 5), callbacks=pruning, verbose=False
+    )
+    assert (folder / "sharded.ckpt").is_dir()
+    dcp_to_torch_save(folder / "sharded.ckpt", folder / "joined.ckpt")
+    for name in ("joined.ckpt", "full.ckpt"):
+        state = torch.load(folder / name, weights_only=True)["state_dict"]
+        module = CausalLMModule(str(folder / "dense"))
+        module.configure_model()
+        module.load_state_dict(state)
+        assert pruning.result is not None
+        assert pruning.result.holds_in(module.prunable_model)
+        for key, weight in alone.state_dict().items():
+            assert torch.equal(module.state_dict()[key], weight), key
 
 
 @pytest.fixture(scope="module")
