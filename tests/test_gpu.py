@@ -61,5 +61,4 @@ def test_streaming_through_a_gpu(tmp_path):
         result = prune_model(checkpoint, on_gpu(), score="wanda")
         checkpoint.finish({})
     layers = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").model.layers
-    name = "model.layers.1.mlp.up_proj"
-    assert torch.equal(layers[1].mlp.up_proj.weight != 0, result.masks[name])
+    assert (layers[1].mlp.up_proj.weight == 0).float().mean() == result.sparsity

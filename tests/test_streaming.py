@@ -30,12 +30,13 @@ def stream(folder, method, data, **options):
 
 
 def same_as_whole(folder, method, data):
-    """Prune the checkpoint in both ways, and compare masks and all weights."""
+    """Prune the checkpoint in both ways, and compare all weights."""
     whole = AutoModelForCausalLM.from_pretrained(folder / "dense")
     expected = prune_model(whole, data, **method)
     result = stream(folder, method, data)
-    for name, mask in expected.masks.items():
-        assert torch.equal(result.masks[name], mask), name
+    assert [x.swaps for x in result.layers] == [x.swaps for x in expected.layers]
+    assert result.sparsity == expected.sparsity
+    assert not result.masks
     loaded = AutoModelForCausalLM.from_pretrained(folder / "sparse")
     assert loaded.state_dict().keys() == whole.state_dict().keys()
     for name, weight in whole.state_dict().items():

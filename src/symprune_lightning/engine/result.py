@@ -64,6 +64,8 @@ class PruneResult:
 
     Attributes:
         masks: Layer name to bool mask ``(out_features, in_features)``, True = kept, on the CPU.
+            Empty for a checkpoint that is streamed: a byte for each weight would be half of what it
+            keeps out of memory, and its output is zero where the masks are.
         layers: One report per pruned layer, in the order of pruning.
         permutations: Layer name to the order of its inputs in which its mask is N:M, for patterns
             that permute: ``mask[:, order]``.
@@ -88,8 +90,9 @@ class PruneResult:
     @property
     def sparsity(self) -> float:
         """Realised fraction of zeros over all pruned layers."""
-        zeros = sum(int((~mask).sum()) for mask in self.masks.values())
-        return zeros / sum(mask.numel() for mask in self.masks.values())
+        sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
+        zeros = [layer.sparsity * n for layer, n in zip(self.layers, sizes, strict=True)]
+        return sum(map(round, zeros)) / sum(sizes)
 
 
 Progress = Callable[[LayerReport, int, int], None]

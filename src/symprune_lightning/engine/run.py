@@ -99,9 +99,9 @@ class Run:
         if not suspended.run(batches, forward):
             raise ValueError(EMPTY)
         self.result.unreached.extend(
-            layer.name for layer in self.layers if layer.name not in self.result.masks
+            layer.name for layer in self.layers if layer.name not in self._done
         )
-        if not self.result.masks:
+        if not self._done:
             raise ValueError(
                 f"no calibration batch came to any of the {len(self.layers)} prunable layers, such "
                 f"as {self.layers[0].name}: is `forward` running the right model?"
@@ -112,6 +112,10 @@ class Run:
             "a batch came to these layers after they had been pruned, and was not measured there "
             "(use schedule='dense' to measure every call)",
         )
+
+    @property
+    def _done(self) -> set[str]:
+        return {layer.name for layer in self.result.layers}
 
     def _prune_without_data(self) -> None:
         """Prune all layers as they are, with no forward."""
@@ -234,7 +238,8 @@ class Run:
         change()
         if self.residence is not None:
             self.residence.changed(change)
-        self.result.masks[layer.name] = mask.cpu()
+        if self.residence is None or self.residence.readable:
+            self.result.masks[layer.name] = mask.cpu()
         output, *errors, swaps = figures.tolist()
         measured = [None if statistics.input is None else e / max(output, 1e-30) for e in errors]
         report = LayerReport(
