@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from symprune_lightning.engine.layers import LM_HEAD, decoder_blocks, is_linear, prunable_layers
+from symprune_lightning.engine.layers import (
+    LM_HEAD,
+    decoder_blocks,
+    prunable_layers,
+    spared_modules,
+)
 from symprune_lightning.engine.residence import Residence
 from symprune_lightning.export import whole_folder, write_manifest
 
@@ -88,17 +93,17 @@ class StreamedCheckpoint(Residence):
         self._stack = ExitStack()
         config = AutoConfig.from_pretrained(self._source, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=config.dtype or "float32", trust_remote_code=trust_remote_code
             )
-        _buffers_to(self.model, self._device)
-        layers = prunable_layers(self.model, list(ignore), on_meta=True)
-        self.blocks = list(decoder_blocks(self.model, layers))
+        _buffers_to(model, self._device)
+        layers = prunable_layers(model, list(ignore), on_meta=True)
+        super().__init__(model, list(decoder_blocks(model, layers)))
         self._pruned = {layer.module for layer in layers}
-        self._names = {module: name for name, module in self.model.named_modules()}
-        self._spared = {m for m in self.model.modules() if is_linear(m) and m not in self._pruned}
+        self._names = {module: name for name, module in model.named_modules()}
+        self._spared = set(spared_modules(model, layers))
         inside = {module for block in self.blocks for module in block.modules()}
-        self._outside = [m for m in self.model.modules() if m not in inside]
+        self._outside = [m for m in model.modules() if m not in inside]
         self._written: dict[str, str] = {}
         self._check_names()
 
@@ -134,9 +139,6 @@ class StreamedCheckpoint(Residence):
         """Read a block."""
         self._load(block, self._names[block], recurse=True)
 
-    def changed(self, change: Callable[[], None]) -> None:
-        """Nothing to do: blocks are written when they are left."""
-
     def leave(self, block: nn.Module) -> None:
         """Write a block, and let it go."""
         name = self._names[block]
@@ -149,17 +151,15 @@ class StreamedCheckpoint(Residence):
         """Write what lies outside the blocks: as read and pruned, or straight from the source."""
         if not complete:
             return
-        done = set(self._written)
-        rest = [name for name in self._files if name not in done]
         pruned = [f"{self._names[m]}.weight" for m in self._outside if m in self._pruned]
         number = len(self.blocks) + 1
         self._write(number, {name: self.model.get_parameter(name) for name in pruned})
         for module in self._outside:
             _let_go(module)
-        for name in rest:
-            if name not in pruned:  # one at a time, which are the largest tensors there are
-                number += 1
-                self._write(number, dict(self._read([name])))
+        # one at a time: these are the largest tensors there are
+        for name in [name for name in self._files if name not in self._written]:
+            number += 1
+            self._write(number, dict(self._read([name])))
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the index, the configuration and the manifest; the folder is then complete."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from symprune_lightning.engine.layers import Layer, is_linear
+from symprune_lightning.engine.layers import Layer, spared_modules
 from symprune_lightning.engine.method import Method, naming, with_sparsity
 from symprune_lightning.engine.parallel import Ranks
 from symprune_lightning.engine.recorder import Recorder
@@ -59,8 +59,8 @@ class Division:
             return self._with(choices[0], sparsity), []
         if self.residence is not None:
             raise ValueError("a search over allocations needs the whole model in memory")
-        trials = self._search(choices, sparsity)
-        return self._with(trials[0].allocation, sparsity), trials
+        tried = self._search(choices, sparsity)
+        return tried[0][0], [trial for _, trial in tried]
 
     def _with(self, allocation: Allocation, sparsity: float) -> Method:
         """The method with an allocation."""
@@ -106,18 +106,22 @@ class Division:
             measure(self.layers)
         return measured
 
-    def _search(self, candidates: Sequence[Allocation], sparsity: float) -> list[Trial]:
+    def _search(
+        self, candidates: Sequence[Allocation], sparsity: float
+    ) -> list[tuple[Method, Trial]]:
         """Prune by score alone with each, see what that does to the output, and undo it.
+
+        Gives the method with each and what came of it, best first.
 
         Holds a copy of the prunable weights and the dense model's last hidden state of every token.
         """
         before = [layer.parameter.detach().clone() for layer in self.layers]
         dense = list(self._last_states())
-        trials = []
+        tried = []
         for allocation in candidates:
-            method = replace(self._with(allocation, sparsity), refiners={}, update=None)
+            method = self._with(allocation, sparsity)
             try:
-                run = Run(self.layers, method, self.ranks)
+                run = Run(self.layers, replace(method, refiners={}, update=None), self.ranks)
                 run.run(self.model, self.batches, self.forward, self.schedule)
                 sums = torch.zeros(2, dtype=torch.float64)
                 for x, y in zip(self._last_states(), dense, strict=True):
@@ -126,14 +130,12 @@ class Division:
                 for layer, weight in zip(self.layers, before, strict=True):
                     layer.parameter.copy_(weight)
             changed, whole = self.ranks.added(sums).tolist()
-            trials.append(Trial(allocation, changed / max(whole, 1e-30)))
-        return sorted(trials, key=lambda trial: trial.error)
+            tried.append((method, Trial(allocation, changed / max(whole, 1e-30))))
+        return sorted(tried, key=lambda pair: pair[1].error)
 
     def _last_states(self) -> Iterator[Tensor]:
         """What the head is given for each batch; the output, if no linear layer is spared."""
-        pruned = {layer.module for layer in self.layers}
-        heads = [m for m in self.model.modules() if is_linear(m) and m not in pruned]
-        with _inputs_of(heads) as seen:
+        with _inputs_of(spared_modules(self.model, self.layers)) as seen:
             for batch in self.batches:
                 seen.clear()
                 output = self.forward(self.model, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -128,6 +128,12 @@ def prunable_layers(
             f"and all are ignored ({', '.join(ignore) or 'none'}) or tied to other modules"
         )
     return layers
+
+
+def spared_modules(model: nn.Module, layers: Iterable[Layer]) -> list[nn.Module]:
+    """The linear modules that are no layers to prune, such as the output projection."""
+    pruned = {layer.module for layer in layers}
+    return [m for m in model.modules() if is_linear(m) and m not in pruned]
 
 
 def decoder_blocks(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:

@@ -155,9 +155,9 @@ class Ranks:
         Raises:
             Exception: See ``least``.
         """
-        if error is not None and self.size == 1:
-            raise error
         if self.size == 1:
+            if error is not None:
+                raise error
             assert mask is not None
             assert figures is not None
             return mask, figures
@@ -238,10 +238,9 @@ class ShardedBlocks(Residence):
         self._sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
         outermost = [m for m in self._sharded if m is not model]
         inside = {m for block in outermost for m in block.modules() if m is not block}
-        self.blocks = [m for m in outermost if m not in inside]
+        super().__init__(model, [m for m in outermost if m not in inside])
         within = {m for block in self.blocks for m in block.modules()}
         self._rest = [m for m in self._sharded if m not in within]
-        self.model = model
         self._changes: list[Callable[[], None]] = []
         self._called = False
 
@@ -343,9 +342,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
 
 def residence_of(model: nn.Module) -> Residence | None:
     """Where the weights of a model are, if it is sharded by FSDP2."""
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        return ShardedBlocks(model)
-    return None
+    return ShardedBlocks(model) if _fsdp_modules(model) else None
 
 
 def _fsdp_modules(block: nn.Module) -> list[FSDPModule]:

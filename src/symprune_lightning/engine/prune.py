@@ -18,7 +18,7 @@ from symprune_lightning.engine.method import (
     resolve_method,
 )
 from symprune_lightning.engine.parallel import ALONE, Ranks, residence_of
-from symprune_lightning.engine.residence import Residence, Resident
+from symprune_lightning.engine.residence import Residence
 from symprune_lightning.engine.result import Progress, PruneResult, Trial
 from symprune_lightning.engine.run import Run
 from symprune_lightning.engine.schedule import (
@@ -115,7 +115,8 @@ def prune_model(
     residence = model if isinstance(model, Residence) else residence_of(model)
     if isinstance(model, Residence):
         model = model.model
-    layers = prunable_layers(model, ignore, only, on_meta=isinstance(residence, Residence))
+    streamed = residence is not None and not residence.readable
+    layers = prunable_layers(model, ignore, only, on_meta=streamed)
     method = resolve_method(
         model,
         layers,
@@ -127,8 +128,7 @@ def prune_model(
         update=update,
         schedule=schedule,
     )
-    together = next(iter(method.patterns.values())).group == "model"
-    if together and residence is not None and not residence.readable:
+    if streamed and next(iter(method.patterns.values())).group == "model":
         raise ValueError("group 'model' needs all weights at once: load the model as a whole")
     forward = forward or call_model
     trials: list[Trial] = []
@@ -140,7 +140,7 @@ def prune_model(
             division = Division(model, layers, batches, forward, method, schedule, ranks, residence)
             method, trials = division.divided(by_name(Allocation, allocation), sparsity)  # type: ignore[type-abstract]
         if offload is not None and residence is None:
-            residence = Resident(model, list(decoder_blocks(model, layers)))
+            residence = Residence(model, list(decoder_blocks(model, layers)))
         run = Run(layers, method, ranks, residence, offload, progress)
         run.result.trials.extend(trials)
         with run.saying_what_is_done():

@@ -98,10 +98,9 @@ class Run:
         )
         if not suspended.run(batches, forward):
             raise ValueError(EMPTY)
-        self.result.unreached.extend(
-            layer.name for layer in self.layers if layer.name not in self._done
-        )
-        if not self._done:
+        done = {layer.name for layer in self.result.layers}
+        self.result.unreached.extend(x.name for x in self.layers if x.name not in done)
+        if not done:
             raise ValueError(
                 f"no calibration batch came to any of the {len(self.layers)} prunable layers, such "
                 f"as {self.layers[0].name}: is `forward` running the right model?"
@@ -113,22 +112,13 @@ class Run:
             "(use schedule='dense' to measure every call)",
         )
 
-    @property
-    def _done(self) -> set[str]:
-        return {layer.name for layer in self.result.layers}
-
     def _prune_without_data(self) -> None:
         """Prune all layers as they are, with no forward."""
         if self.residence is None:
             self.prune(self.layers)
             return
-        complete = False
-        self.residence.open()
-        try:
+        with self.residence.opened():
             self.residence.visit(self.layers, self.prune)
-            complete = True
-        finally:
-            self.residence.close(complete=complete)
 
     def prune(self, layers: Sequence[Layer]) -> None:
         """Prune layers whose statistics are complete."""

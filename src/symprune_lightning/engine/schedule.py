@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextvars
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from symprune_lightning.engine.layers import Layer, decoder_blocks, is_linear
+from symprune_lightning.engine.layers import Layer, decoder_blocks, spared_modules
 from symprune_lightning.engine.parallel import ALONE, Ranks
 from symprune_lightning.engine.parking import park
 from symprune_lightning.engine.recorder import LastInput, Recorder
@@ -119,8 +119,6 @@ class SuspendedForward:
         self.schedule = schedule
         self.ranks = ranks
         self.residence = residence
-        self.inside: nn.Module | None = None
-        """The block that is in memory."""
         self.stations = self._stations()
         self.order: list[Station] = self._in_order()
         self.todo = dict.fromkeys(self.order)
@@ -135,10 +133,7 @@ class SuspendedForward:
             Whether there were any batches, on any process.
         """
         on_the_way: list[_Batch] = []
-        complete = False
-        if self.residence is not None:
-            self.residence.open()
-        try:
+        with nullcontext() if self.residence is None else self.residence.opened():
             with self._hooks():
                 try:
                     count, error = self._start(batches, forward, on_the_way)
@@ -149,12 +144,6 @@ class SuspendedForward:
                         _end(batch)
             if self.schedule == "dense":
                 self._prune_all()
-            complete = True
-        finally:
-            if self.residence is not None:
-                if complete and self.inside is not None:
-                    self.residence.leave(self.inside)
-                self.residence.close(complete=complete)
         return bool(self.ranks.union([0] if count else [], 1))
 
     def _start(
@@ -186,7 +175,8 @@ class SuspendedForward:
     def _advance(self, station: Station, on_the_way: Sequence[_Batch]) -> Exception | None:
         """Do what is due at a station, and let the batches that wait there go on."""
         if isinstance(station, _Entrance):
-            self._enter(station.block)
+            assert self.residence is not None
+            self.residence.move_to(station.block)
         elif self.schedule != "dense":
             self.prune([x for x in self.stations[station] if self.recorder.seen(x.name)])
         self.todo.pop(station, None)
@@ -209,20 +199,8 @@ class SuspendedForward:
         seen = [layer for layer in self.layers.values() if self.recorder.seen(layer.name)]
         if self.residence is None:
             self.prune(seen)
-            return
-        if self.inside is not None:
-            self.residence.leave(self.inside)
-        self.inside = None
-        self.residence.visit(seen, self.prune)
-
-    def _enter(self, block: nn.Module) -> None:
-        """Have this block in memory, and no other."""
-        assert self.residence is not None
-        if self.inside is not None:
-            self.residence.leave(self.inside)
-        self.inside = None
-        self.residence.enter(block)
-        self.inside = block
+        else:
+            self.residence.visit(seen, self.prune)
 
     def _stations(self) -> dict[nn.Module, list[Layer]]:
         """Where batches wait for layers to be pruned, with these layers, in model order."""
@@ -254,7 +232,7 @@ class SuspendedForward:
         # blocks: before the hooks of FSDP, which expect that a call is not interrupted
         hooks += [(module, self._wait, module not in self.layers) for module in self.stations]
         hooks += [(module, self._wait_outside, True) for module in entered]
-        spared = [m for m in self.model.modules() if is_linear(m) and m not in self.layers]
+        spared = spared_modules(self.model, self.layers.values())
         hooks += [(module, self._leave, False) for module in spared]
         handles = [
             module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
@@ -284,7 +262,8 @@ class SuspendedForward:
     ) -> None:
         batch = _current()
         entrance = _Entrance(module)
-        if batch is None or module is self.inside:
+        assert self.residence is not None
+        if batch is None or module is self.residence.inside:
             return
         if entrance not in self.todo:
             raise ValueError(
