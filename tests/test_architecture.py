@@ -16,13 +16,14 @@ LIGHTNING = {"lightning", "torch", "torchmetrics", "transformers", "datasets", "
 CORE = {f"{PACKAGE}.functional", f"{PACKAGE}.engine"}
 ALLOWED = {
     "functional": {"torch", "scipy", f"{PACKAGE}.functional"},
-    "engine": {"torch", "greenlet", *CORE},
+    "files": set(),
+    "engine": {"torch", "greenlet", "safetensors", f"{PACKAGE}.files", *CORE},
     "display": {"rich", *CORE},
     "pretrained": {"torch", "transformers"},
     "callbacks": LIGHTNING | CORE | {f"{PACKAGE}.display", f"{PACKAGE}.callbacks"},
     "module": LIGHTNING | CORE | {f"{PACKAGE}.pretrained"},
     "datamodule": LIGHTNING | CORE | {f"{PACKAGE}.pretrained"},
-    "export": {"torch", "safetensors", "transformers", *CORE},
+    "export": {"torch", "safetensors", "transformers", f"{PACKAGE}.files", *CORE},
     "streaming": {
         "accelerate",
         "huggingface_hub",
@@ -30,6 +31,7 @@ ALLOWED = {
         "torch",
         "transformers",
         f"{PACKAGE}.export",
+        f"{PACKAGE}.files",
         *CORE,
     },
     "trainer": LIGHTNING | {PACKAGE},

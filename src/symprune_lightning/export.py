@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.engine.result import PruneResult
+from symprune_lightning.files import whole_folder
 
 MANIFEST = "sparsity_manifest.json"
 
@@ -84,35 +83,13 @@ def save_checkpoint(
     Raises:
         OSError: See ``check_destination``; or the disk is full, and nothing has changed.
     """
-    with whole_folder(output) as partial:
+    path = check_destination(output)
+    with whole_folder(path) as partial:
         model.save_pretrained(partial, state_dict=None if state is None else dict(state))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         write_manifest(partial, manifest)
-    return Path(output).expanduser().absolute()
-
-
-@contextmanager
-def whole_folder(output: str | Path) -> Iterator[Path]:
-    """A folder with a temporary name that takes its own name when everything is in it.
-
-    Yields:
-        The folder to write to. If an exception is raised inside, it is deleted, and what was there
-        before stays.
-
-    Raises:
-        OSError: See ``check_destination``.
-    """
-    path = check_destination(output)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        for file in [*partial.iterdir(), partial]:
-            _flush(file)
-        _take_name(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return path
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -154,28 +131,3 @@ def manifest_of(
             **{name: version(name) for name in packages},
         },
     }
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _take_name(partial: Path, path: Path) -> None:
-    """Rename ``partial`` to ``path``; an earlier folder there is moved aside, then deleted."""
-    if path.is_dir():
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-        earlier = path.rename(aside / path.name)
-        try:
-            partial.rename(path)
-        except OSError:
-            earlier.rename(path)
-            aside.rmdir()
-            raise
-        shutil.rmtree(aside)
-    else:
-        partial.rename(path)
-    _flush(path.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +26,8 @@ from symprune_lightning.engine.layers import (
     spared_modules,
 )
 from symprune_lightning.engine.residence import Residence
-from symprune_lightning.export import whole_folder, write_manifest
+from symprune_lightning.export import check_destination, write_manifest
+from symprune_lightning.files import whole_folder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -105,10 +107,11 @@ class StreamedCheckpoint(Residence):
         inside = {module for block in self.blocks for module in block.modules()}
         self._outside = [m for m in model.modules() if m not in inside]
         self._written: dict[str, str] = {}
+        self.identity = _sample(self._source / file for file in sorted(set(self._files.values())))
         self._check_names()
 
     def __enter__(self) -> Self:
-        self._partial = self._stack.enter_context(whole_folder(self._output))
+        self._partial = self._stack.enter_context(whole_folder(check_destination(self._output)))
         self._finished = False
         return self
 
@@ -241,6 +244,19 @@ def _weight_files(folder: Path) -> dict[str, str]:
         )
     with safe_open(folder / SINGLE, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), SINGLE)
+
+
+def _sample(files: Iterable[Path]) -> str:
+    """Hash of some bytes at regular places: not of all, which takes as long as pruning."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for place in range(0, size, max(1, size // 64)):
+                opened.seek(place)
+                digest.update(opened.read(4096))
+    return digest.hexdigest()
 
 
 def _let_go(module: nn.Module) -> None:

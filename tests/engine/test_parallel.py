@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 
 from symprune_lightning import NM, OBSUpdate, R2DSnoT
 from symprune_lightning.engine.layers import Layer
-from symprune_lightning.engine.parallel import ALONE, Ranks, _packed, _unpacked
+from symprune_lightning.engine.parallel import ALONE, Ranks
 from symprune_lightning.engine.prune import prune_model
 from tests.groups import _join, run_group
 from tests.models import batches, build
@@ -115,15 +115,6 @@ def test_masks_are_those_of_one_process(group, method, sequences):
             assert figure[:3] == (mine.name, mine.swaps, mine.tokens)
             error = mine.error_refined
             assert figure[3] == (error if error is None else pytest.approx(error, rel=1e-4))
-
-
-@given(rows=st.integers(0, 5), columns=st.integers(1, 40), data=st.data())
-def test_bits_survive_packing(rows, columns, data):
-    bits = data.draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))
-    mask = torch.tensor(bits, dtype=torch.bool).view(rows, columns)
-    packed = _packed(mask)
-    assert packed.shape == (rows, -(-columns // 8))
-    assert torch.equal(_unpacked(packed, columns), mask)
 
 
 @given(size=st.integers(1, 9), count=st.integers(0, 40))

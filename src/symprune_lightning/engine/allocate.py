@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers import Layer, spared_modules
 from symprune_lightning.engine.method import Method, naming, with_sparsity
 from symprune_lightning.engine.parallel import Ranks
@@ -47,14 +48,32 @@ class Division:
     ranks: Ranks
     residence: Residence | None
 
-    def divided(self, allocation: Allocation, sparsity: float) -> tuple[Method, list[Trial]]:
+    def divided(
+        self, allocation: Allocation, sparsity: float, journal: Journal | None = None
+    ) -> tuple[Method, list[Trial]]:
         """The method with each layer's own sparsity, and what was tried to find it, best first.
+
+        Taken from the journal, if that has it.
 
         Raises:
             ValueError: The method leaves nothing to divide, or can't be searched.
         """
         with_sparsity(self.method, dict.fromkeys(self.method.patterns, sparsity))
         choices = allocation.choices()
+        known = None if journal is None else journal.noted("allocation")
+        if known is not None:
+            trials = [Trial(choices[i], error) for i, error in known["trials"]]
+            return with_sparsity(self.method, known["sparsity"]), trials
+        method, trials = self._divided(choices, sparsity)
+        if journal is not None:
+            levels = {name: pattern.sparsity for name, pattern in method.patterns.items()}
+            tried = [(choices.index(trial.allocation), trial.error) for trial in trials]
+            journal.note("allocation", {"sparsity": levels, "trials": tried})
+        return method, trials
+
+    def _divided(
+        self, choices: Sequence[Allocation], sparsity: float
+    ) -> tuple[Method, list[Trial]]:
         if len(choices) == 1:
             return self._with(choices[0], sparsity), []
         if self.residence is not None:

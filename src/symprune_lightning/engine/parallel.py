@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from symprune_lightning.engine.residence import Residence
+from symprune_lightning.functional.packing import pack, unpack
 
 T = TypeVar("T")
-
-MESSAGE = 2048
-"""Most bytes of an error's message that other processes are told."""
 
 
 class RankError(RuntimeError):
@@ -166,7 +164,7 @@ class Ranks:
         told[self.rank, 5] = error is not None
         if mask is not None and figures is not None:
             told[self.rank, :5] = figures
-            bits[rows] = _packed(mask).to(self.device)
+            bits[rows] = pack(mask).to(self.device)
         head = told.view(torch.uint8).flatten().to(self.device)
         together = torch.cat([head, bits.flatten()])
         dist.all_reduce(together)
@@ -175,7 +173,7 @@ class Ranks:
         if told[:, 5].any():
             self._raise_together(error)
         assert mask is not None
-        return _unpacked(data.view_as(bits).to(mask.device), shape[1]), told[:, :5].sum(0)
+        return unpack(data.view_as(bits).to(mask.device), shape[1]), told[:, :5].sum(0)
 
     def join_rows(self, part: Tensor, rows: slice, count: int) -> Tensor:
         """All rows of a matrix of which every process has some."""
@@ -205,18 +203,39 @@ class Ranks:
                 "model, and are their devices of one kind?"
             )
 
+    def told(self, text: str | None) -> str:
+        """What the first process has to say, on all of them."""
+        if self.size == 1:
+            return text or ""
+        return self._said(text, 0).decode()
+
+    def given(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor; the others give one of its shape and dtype."""
+        if self.size == 1:
+            return tensor
+        moved = tensor.to(self.device).contiguous()
+        dist.broadcast(moved, 0)
+        return moved.to(tensor.device)
+
     def _raise_together(self, error: Exception | None) -> None:
         """Raise this process's own error, or say whose it is."""
         failed = self.union([] if error is None else [self.rank], self.size)
-        text = torch.zeros(MESSAGE, dtype=torch.uint8, device=self.device)
-        if self.rank == failed[0]:
-            data = list(f"{type(error).__name__}: {error}".encode()[:MESSAGE])
-            text[: len(data)] = torch.tensor(data, dtype=torch.uint8)
-        dist.broadcast(text, failed[0])
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        message = self._said(text, failed[0]).decode(errors="replace")
         if error is not None:
             raise error
-        message = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
         raise RankError(f"process {failed[0]} of {self.size} failed: {message}")
+
+    def _said(self, text: str | None, rank: int) -> bytes:
+        """A text of one process, on all."""
+        data = b"" if text is None else text.encode()
+        length = torch.tensor(len(data), device=self.device)
+        dist.broadcast(length, rank)
+        buffer = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.rank == rank:
+            buffer.copy_(torch.tensor(list(data), dtype=torch.uint8))
+        dist.broadcast(buffer, rank)
+        return bytes(buffer.tolist())
 
 
 ALONE = Ranks()
@@ -241,7 +260,9 @@ class ShardedBlocks(Residence):
         super().__init__(model, [m for m in outermost if m not in inside])
         within = {m for block in self.blocks for m in block.modules()}
         self._rest = [m for m in self._sharded if m not in within]
+        self._outside = set(model.modules()) - within
         self._changes: list[Callable[[], None]] = []
+        self._changes_outside: list[Callable[[], None]] = []
         self._called = False
 
     def open(self) -> None:
@@ -257,15 +278,18 @@ class ShardedBlocks(Residence):
         for module in _fsdp_modules(block):
             module.unshard()
 
-    def changed(self, change: Callable[[], None]) -> None:
+    def changed(self, module: nn.Module, change: Callable[[], None]) -> None:
         """Keep a change of gathered weights for the shards."""
-        self._changes.append(change)
+        if module in self._outside:
+            self._changes_outside.append(change)
+        elif self.inside is not None and module in set(self.inside.modules()):
+            self._changes.append(change)
 
     def leave(self, block: nn.Module) -> None:
         """Let a block go, and change its shards as the gathered weights were changed."""
         for module in _fsdp_modules(block):
             module.reshard()
-        self._repeat()
+        _repeat(self._changes)
 
     def close(self, *, complete: bool) -> None:
         """Let everything go, and have FSDP gather by itself again."""
@@ -276,15 +300,16 @@ class ShardedBlocks(Residence):
             module.reshard()
             module.set_reshard_after_forward(module is not self.model, recurse=False)
         if complete:
-            self._repeat()
+            _repeat(self._changes_outside)
 
     def _note(self, *_: object) -> None:
         self._called = True
 
-    def _repeat(self) -> None:
-        for change in self._changes:
-            change()
-        self._changes.clear()
+
+def _repeat(changes: list[Callable[[], None]]) -> None:
+    for change in changes:
+        change()
+    changes.clear()
 
 
 def shard_(
@@ -370,20 +395,3 @@ def local_part(value: Tensor, like: Tensor) -> Tensor:
         return value
     placed = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return placed.to_local()
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """Eight columns of bools to a byte."""
-    rows, columns = mask.shape
-    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -columns % 8))
-    shifted: Tensor = bits.view(rows, bits.shape[1] // 8, 8) << _shifts(mask.device)
-    return shifted.sum(2, dtype=torch.uint8)
-
-
-def _unpacked(data: Tensor, columns: int) -> Tensor:
-    bits = (data[:, :, None] >> _shifts(data.device)) & 1
-    return bits.flatten(1)[:, :columns].bool()
-
-
-def _shifts(device: torch.device | Any) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from symprune_lightning.engine.allocate import Division
+from symprune_lightning.engine.journal import Journal, described
 from symprune_lightning.engine.layers import LM_HEAD, decoder_blocks, prunable_layers
 from symprune_lightning.engine.method import (
     Refine,
@@ -50,6 +51,7 @@ def prune_model(
     forward: Forward | None = None,
     ranks: Ranks = ALONE,
     offload: str | PathLike[str] | None = None,
+    journal: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
     """Prune a model in place, in one pass over the calibration batches.
@@ -88,6 +90,8 @@ def prune_model(
         offload: Where the hidden states of batches are kept while they wait before a decoder block:
             ``"cpu"`` for the CPU's memory, or a folder on disk; ``None`` leaves them on the device.
             Batches inside a block stay there, with schedule block one at a time.
+        journal: Folder to keep every finished block in, so that a run that was killed goes on when
+            it is started again, with the same masks bit for bit. Delete it afterwards.
         progress: Called after every layer.
 
     Returns:
@@ -99,6 +103,7 @@ def prune_model(
         PruningError: The same, or an error of the model's own (the cause), after some layers had
             been pruned. The message says how many: load the model again.
         RankError: Another process has failed.
+        JournalError: The journal is of another run; the message says what differs.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -133,15 +138,23 @@ def prune_model(
     forward = forward or call_model
     trials: list[Trial] = []
     with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
+        book = None
+        if journal is not None:
+            batches = list(batches)
+            book = Journal(journal, ranks)
+            given = {"schedule": schedule, "sparsity": sparsity, "allocation": allocation}
+            weights = None if residence is None else residence.identity
+            book.open(described(model, layers, method, batches, ranks, weights=weights, **given))
         if allocation is not None:
             if isinstance(sparsity, Mapping):
                 raise ValueError("sparsity by layer does not go with an allocation: give one level")
             batches = list(batches)
             division = Division(model, layers, batches, forward, method, schedule, ranks, residence)
-            method, trials = division.divided(by_name(Allocation, allocation), sparsity)  # type: ignore[type-abstract]
+            chosen = by_name(Allocation, allocation)  # type: ignore[type-abstract]
+            method, trials = division.divided(chosen, sparsity, book)
         if offload is not None and residence is None:
             residence = Residence(model, list(decoder_blocks(model, layers)))
-        run = Run(layers, method, ranks, residence, offload, progress)
+        run = Run(layers, method, ranks, residence, offload, book, progress)
         run.result.trials.extend(trials)
         with run.saying_what_is_done():
             run.run(model, batches, forward, schedule)

@@ -31,6 +31,9 @@ class Residence:
     readable: ClassVar[bool] = True
     """Whether a weight can be read and written when its block is not in memory."""
 
+    identity: str | None = None
+    """What tells the weights from others, where they can't be read at once."""
+
     inside: nn.Module | None = None
     """The block that is in memory."""
 
@@ -43,8 +46,8 @@ class Residence:
     def enter(self, block: nn.Module) -> None:
         """Bring a block into memory."""
 
-    def changed(self, change: Callable[[], None]) -> None:
-        """A weight was changed by this call; where another copy is kept, it has to be repeated."""
+    def changed(self, module: nn.Module, change: Callable[[], None]) -> None:
+        """A module's weight was changed by this call, to be repeated where a copy is kept."""
 
     def leave(self, block: nn.Module) -> None:
         """Put a block away, with its changes."""

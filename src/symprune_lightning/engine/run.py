@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from symprune_lightning.engine.journal import Journal, Record
 from symprune_lightning.engine.layers import Layer
 from symprune_lightning.engine.method import Method, PruningWarning, naming
 from symprune_lightning.engine.parallel import Ranks, is_sharded
@@ -57,6 +58,7 @@ class Run:
         ranks: The processes that prune together.
         residence: Where the weights are, if they are not in memory all the time.
         offload: Where the hidden states of waiting batches are, if not beside the weights.
+        journal: What an earlier run has finished, and where to keep what this one does.
         progress: Called after every layer.
     """
 
@@ -67,6 +69,7 @@ class Run:
         ranks: Ranks,
         residence: Residence | None = None,
         offload: str | os.PathLike[str] | None = None,
+        journal: Journal | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.layers = layers
@@ -74,6 +77,7 @@ class Run:
         self.ranks = ranks
         self.residence = residence
         self.offload = offload
+        self.journal = journal
         self.progress = progress
         self.result = PruneResult()
         # moments cost next to nothing, and tell activations that are not finite
@@ -85,16 +89,33 @@ class Run:
         """Send the batches through the model, pruning on the way; without, if none are needed."""
         if self.recorder is None:
             self._prune_without_data()
-            return
+        else:
+            self._prune_on_the_way(self.recorder, model, batches, forward, schedule)
+        if self.journal is not None:
+            self.journal.write()
+
+    def _prune_on_the_way(
+        self,
+        recorder: Recorder,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward: Forward,
+        schedule: Schedule,
+    ) -> None:
+        left, restore = self.layers, None
+        if schedule != "dense":  # there the forward has to meet the dense weights
+            left = [layer for layer in self.layers if not self._is_recorded([layer])]
+            restore = self._restore_inside
         suspended = SuspendedForward(
             model,
-            self.layers,
-            self.recorder,
+            left,
+            recorder,
             self.prune,
             schedule,
             self.ranks,
             self.residence,
             self.offload,
+            restore,
         )
         if not suspended.run(batches, forward):
             raise ValueError(EMPTY)
@@ -123,11 +144,31 @@ class Run:
     def prune(self, layers: Sequence[Layer]) -> None:
         """Prune layers whose statistics are complete."""
         for together in self.method.competitors(layers):
+            if self._is_recorded(together):
+                self._restore(together)
+                continue
+            if self.journal is not None:
+                self.journal.begin(self.method.blocks[together[0].name])
             with torch.autocast(together[0].parameter.device.type, enabled=False):
                 self._prune(together)
         if self.recorder is not None:
             self.recorder.finish(layer.name for layer in layers)
         torch.clear_autocast_cache()  # it may hold copies of the dense weights
+
+    def _is_recorded(self, layers: Sequence[Layer]) -> bool:
+        return self.journal is not None and all(self.journal.has(x.name) for x in layers)
+
+    def _restore(self, layers: Iterable[Layer]) -> None:
+        """Do to layers what an earlier run has recorded."""
+        assert self.journal is not None
+        for layer in layers:
+            self._change(layer, self.journal.read(layer))
+
+    def _restore_inside(self, modules: set[nn.Module]) -> None:
+        """Do to the layers among these modules what an earlier run has recorded."""
+        recorded = [x for x in self.layers if x.module in modules and self._is_recorded([x])]
+        if recorded:
+            self._restore(recorded)
 
     def check_same(self) -> None:
         """Make sure that all processes hold the same weights: see ``Ranks.check_same``."""
@@ -206,7 +247,7 @@ class Run:
     def _apply(
         self, layer: Layer, part: _Part | None, error: Exception | None, statistics: Statistics
     ) -> None:
-        """Join the parts of all processes, change the weight, and report."""
+        """Join the parts of all processes, change the weight, report and record."""
         rows, columns = layer.shape
         mask, figures = self.ranks.join_masks(
             (rows, columns),
@@ -223,13 +264,6 @@ class Run:
             back = part.order.argsort()
             mask = mask[:, back]
             updated = None if updated is None else updated[:, back]
-            self.result.permutations[layer.name] = part.order.cpu()
-        change = partial(layer.apply_, mask) if updated is None else partial(layer.write_, updated)
-        change()
-        if self.residence is not None:
-            self.residence.changed(change)
-        if self.residence is None or self.residence.readable:
-            self.result.masks[layer.name] = mask.cpu()
         output, *errors, swaps = figures.tolist()
         measured = [None if statistics.input is None else e / max(output, 1e-30) for e in errors]
         report = LayerReport(
@@ -244,9 +278,25 @@ class Run:
             tokens=0 if statistics.input is None else int(statistics.input.tokens),
             seconds=part.seconds,
         )
-        self.result.layers.append(report)
+        record = Record(report, mask, updated, part.order)
+        self._change(layer, record)
+        if self.journal is not None:
+            self.journal.add(layer, record)
+
+    def _change(self, layer: Layer, record: Record) -> None:
+        """Change the weight, and report."""
+        mask, weight = record.mask, record.weight
+        change = partial(layer.apply_, mask) if weight is None else partial(layer.write_, weight)
+        change()
+        if self.residence is not None:
+            self.residence.changed(layer.module, change)
+        if self.residence is None or self.residence.readable:
+            self.result.masks[layer.name] = mask.cpu()
+        if record.order is not None:
+            self.result.permutations[layer.name] = record.order.cpu()
+        self.result.layers.append(record.report)
         if self.progress is not None:
-            self.progress(report, len(self.result.layers), len(self.layers))
+            self.progress(record.report, len(self.result.layers), len(self.layers))
 
     def _statistics(self, layer: Layer) -> Statistics:
         if self.recorder is None:
@@ -262,9 +312,12 @@ class Run:
             done, total = len(self.result.layers), len(self.layers)
             if done == 0:
                 raise
+            again = "before using it"
+            if self.journal is not None:
+                again = f"and start the same run again: {self.journal.folder} has what is finished"
             raise PruningError(
                 f"pruning stopped after {done} of {total} layers: {error}. The model in memory is "
-                f"part sparse, part dense; load it again before using it"
+                f"part sparse, part dense; load it again {again}"
             ) from error
 
 

@@ -98,6 +98,7 @@ class SuspendedForward:
         ranks: The processes that prune together.
         residence: Where weights are, if not in memory all the time.
         offload: Where the hidden states of batches are that wait before a block: see ``park``.
+        restore: Called with modules whose weights have come into memory, before batches use them.
     """
 
     def __init__(
@@ -110,8 +111,10 @@ class SuspendedForward:
         ranks: Ranks = ALONE,
         residence: Residence | None = None,
         offload: str | os.PathLike[str] | None = None,
+        restore: Callable[[set[nn.Module]], None] | None = None,
     ) -> None:
         self.model = model
+        self.restore = restore or (lambda modules: None)
         self.offload = offload
         self.layers = {layer.module: layer for layer in layers}
         self.recorder = recorder
@@ -134,6 +137,7 @@ class SuspendedForward:
         """
         on_the_way: list[_Batch] = []
         with nullcontext() if self.residence is None else self.residence.opened():
+            self.restore(self._in_memory())
             with self._hooks():
                 try:
                     count, error = self._start(batches, forward, on_the_way)
@@ -177,6 +181,8 @@ class SuspendedForward:
         if isinstance(station, _Entrance):
             assert self.residence is not None
             self.residence.move_to(station.block)
+            if not self.residence.readable:
+                self.restore(set(station.block.modules()))
         elif self.schedule != "dense":
             self.prune([x for x in self.stations[station] if self.recorder.seen(x.name)])
         self.todo.pop(station, None)
@@ -193,6 +199,13 @@ class SuspendedForward:
         except Exception as error:  # told to the other processes at the next station
             return error
         return None
+
+    def _in_memory(self) -> set[nn.Module]:
+        """Modules whose weights are there before a batch has moved."""
+        modules = set(self.model.modules())
+        if self.residence is not None and not self.residence.readable:
+            modules -= {m for block in self.residence.blocks for m in block.modules()}
+        return modules
 
     def _prune_all(self) -> None:
         """Prune what was measured."""

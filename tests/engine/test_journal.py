@@ -1,0 +1,395 @@
+"""A run that stops goes on from the last finished block, with the same masks."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from symprune_lightning import NM, Progression, Search, StreamedCheckpoint, prune_model
+from symprune_lightning.engine.journal import JournalError
+from symprune_lightning.engine.layers import Layer
+from symprune_lightning.engine.parallel import Ranks
+from symprune_lightning.engine.result import PruningError
+from tests.groups import run_group
+from tests.models import LANGUAGE, batches, build, llama
+
+METHODS: dict[str, dict[str, Any]] = {
+    "ria": {"score": "ria"},
+    "exactswap": {"score": "wanda", "refine": ["r2dsnot", "exactswap"]},
+    "permuted": {"score": "ria", "pattern": NM(2, 4, permute=True)},
+    "block": {"score": "ria", "schedule": "block", "group": "block"},
+    "dense": {"score": "ria", "schedule": "dense"},
+    "model": {"score": "ria", "schedule": "dense", "group": "model"},
+    "update": {"score": "ria", "update": "obsupdate"},
+    "sparsegpt": {"update": "sparsegpt"},
+    "owl": {"score": "wanda", "allocation": "owl"},
+    "search": {
+        "score": "wanda",
+        "allocation": Search(candidates=(Progression(slope=0.0), Progression(slope=0.2))),
+    },
+    "by-layer": {"sparsity": {"re:.*down_proj": 0.25, "re:.*": 0.5}},
+    "magnitude": {"score": "magnitude"},
+}
+
+
+class StopError(Exception):
+    pass
+
+
+def stopping_after(layers: int) -> Any:
+    def progress(report: Any, done: int, total: int) -> None:
+        if done == layers:
+            raise StopError
+
+    return progress
+
+
+def small(**options: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return llama(num_hidden_layers=3, **options).eval()
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(result: Any, expected: Any) -> None:
+    assert result.masks.keys() == expected.masks.keys()
+    for name, mask in expected.masks.items():
+        assert torch.equal(result.masks[name], mask), name
+    assert result.permutations.keys() == expected.permutations.keys()
+    for name, order in expected.permutations.items():
+        assert torch.equal(result.permutations[name], order), name
+    reports = [sorted(r.layers, key=lambda x: x.name) for r in (result, expected)]
+    for mine, other in zip(*reports, strict=True):
+        assert (mine.name, mine.swaps, mine.tokens) == (other.name, other.swaps, other.tokens)
+        expected_error = other.error_refined
+        assert mine.error_refined == (expected_error and pytest.approx(expected_error, rel=1e-5))
+    assert result.trials == expected.trials
+
+
+@pytest.mark.parametrize("stop", [1, 8, 16])
+@pytest.mark.parametrize("method", METHODS)
+def test_goes_on_with_the_same_masks(tmp_path, method, stop):
+    options = METHODS[method]
+    whole = small()
+    expected = prune_model(whole, batches(), **options)
+    with pytest.raises(PruningError, match="start the same run again"):
+        prune_model(small(), batches(), **options, journal=tmp_path, progress=stopping_after(stop))
+    model = small()
+    same(prune_model(model, batches(), **options, journal=tmp_path), expected)
+    for name, value in weights(whole).items():
+        assert torch.equal(model.get_parameter(name), value), name
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_architectures(tmp_path, name):
+    expected = prune_model(build(name), batches(name))
+    with pytest.raises(PruningError):
+        prune_model(build(name), batches(name), journal=tmp_path, progress=stopping_after(7))
+    same(prune_model(build(name), batches(name), journal=tmp_path), expected)
+
+
+def test_finished_blocks_are_not_pruned_again(tmp_path):
+    scored: list[int] = []
+
+    def note(report: Any, done: int, total: int) -> None:
+        scored.append(done)
+
+    with pytest.raises(PruningError):
+        prune_model(small(), batches(), journal=tmp_path, progress=stopping_after(17))
+    files = sorted(tmp_path.glob("part-*"))
+    assert [file.name for file in files] == ["part-00000.safetensors", "part-00001.safetensors"]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    result = prune_model(small(), batches(), journal=tmp_path, progress=note)
+    assert scored == list(range(1, 22))
+    assert len(list(tmp_path.glob("part-*"))) == 3
+    assert files[0].stat().st_mtime_ns == before[files[0]]
+    assert files[1].stat().st_mtime_ns != before[files[1]]  # pruned again, to see that it is alike
+    # a run that is complete gives its result at once, but for the last block
+    same(prune_model(small(), batches(), journal=tmp_path), result)
+
+
+def test_a_search_is_not_repeated(tmp_path, monkeypatch):
+    options = METHODS["search"]
+    expected = prune_model(small(), batches(), **options)
+    with pytest.raises(PruningError):
+        prune_model(small(), batches(), **options, journal=tmp_path, progress=stopping_after(1))
+    monkeypatch.setattr(
+        "symprune_lightning.engine.allocate.Division._search",
+        lambda *_: pytest.fail("searched again"),
+    )
+    same(prune_model(small(), batches(), **options, journal=tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": 0.6}, r"sparsity was 0.5, and is 0.6"),
+        ({"score": "wanda"}, r"score was RIA\(alpha=0.5\), and is Wanda\(\)"),
+        ({"refine": "dsnot"}, r"refine of layer model.layers.0.self_attn.q_proj was"),
+        ({"schedule": "block"}, r"schedule was 'layer', and is 'block'"),
+        ({"ignore": ["re:.*q_proj"]}, r"layer model.layers.0.self_attn.q_proj was not? ?among"),
+        ({"batches": batches(count=4)}, "the calibration data differ"),
+        ({"batches": batches()[::-1]}, "the calibration data differ"),
+        ({"model": llama(num_hidden_layers=3)}, "the model's weights differ"),
+        ({"update": "obsupdate"}, "update was None, and is OBSUpdate"),
+    ],
+)
+def test_refuses_another_run(tmp_path, change, message):
+    with pytest.raises(PruningError):
+        prune_model(small(), batches(), journal=tmp_path, progress=stopping_after(9))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    model = change.get("model", small())
+    dense = weights(model)
+    options = {k: v for k, v in change.items() if k not in ("model", "batches")}
+    message = message.replace("was not? ?among", "was among" if "ignore" in change else "")
+    with pytest.raises(JournalError, match=message) as raised:
+        prune_model(model, change.get("batches", batches()), **options, journal=tmp_path)
+    assert str(tmp_path) in str(raised.value)
+    assert "delete the folder" in str(raised.value)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in dense.items())
+
+
+def test_refuses_to_go_on_from_what_does_not_come_out_again(tmp_path):
+    prune_model(small(), batches(), journal=tmp_path)
+    last = sorted(tmp_path.glob("part-*"))[-1]
+    data = bytearray(last.read_bytes())
+    data[-1] ^= 1
+    last.write_bytes(data)
+    with pytest.raises(PruningError, match="does not come out as"):
+        prune_model(small(), batches(), journal=tmp_path)
+
+
+def test_says_which_file_is_damaged(tmp_path):
+    prune_model(small(), batches(), journal=tmp_path)
+    file = tmp_path / "part-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(JournalError, match=r"part-00001.safetensors.*Delete it and those"):
+        prune_model(small(), batches(), journal=tmp_path)
+
+
+def test_says_that_the_folder_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    model = small()
+    dense = weights(model)
+    with pytest.raises(OSError, match="cannot write the journal"):
+        prune_model(model, batches(), journal=tmp_path / "file" / "deeper")
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in dense.items())
+
+
+def test_a_full_disk_leaves_what_was_finished(tmp_path):
+    """The limit on file sizes makes writing fail as a full disk does, in the third block."""
+    expected = prune_model(small(), batches())
+    limited = (
+        "import resource, signal\n"
+        "from tests.engine.test_journal import small, batches, prune_model\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "def limit(report, done, total):\n"
+        "    if done == 15:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))\n"
+        f"prune_model(small(), batches(), journal={str(tmp_path)!r}, progress=limit)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited], capture_output=True, text=True, check=False
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert "PruningError" in last
+    assert f"cannot write {tmp_path}/part-00002.safetensors" in last
+    assert "make room" in last
+    assert [f.name for f in sorted(tmp_path.glob("*part*"))] == [
+        "part-00000.safetensors",
+        "part-00001.safetensors",
+    ]
+    same(prune_model(small(), batches(), journal=tmp_path), expected)
+
+
+@pytest.mark.parametrize("stop", [3, 9, 20])
+@pytest.mark.parametrize("method", ["ria", "update", "block", "dense", "permuted", "magnitude"])
+def test_streamed(tmp_path, method, stop):
+    options = METHODS[method]
+    small().save_pretrained(tmp_path / "dense")
+
+    def stream(output: str, **more: Any) -> None:
+        with StreamedCheckpoint(tmp_path / "dense", tmp_path / output) as checkpoint:
+            result = prune_model(checkpoint, batches(), **options, **more)
+            checkpoint.finish({"sparsity": result.sparsity})
+
+    stream("expected")
+    journal = tmp_path / "journal"
+    with pytest.raises(PruningError):
+        stream("sparse", journal=journal, progress=stopping_after(stop))
+    assert not (tmp_path / "sparse").exists()
+    stream("sparse", journal=journal)
+    files = sorted(tmp_path.glob("expected/*.safetensors"))
+    assert [f.name for f in files] == [
+        f.name for f in sorted(tmp_path.glob("sparse/*.safetensors"))
+    ]
+    for file in files:
+        written = load_file(tmp_path / "sparse" / file.name)
+        for name, value in load_file(file).items():
+            assert torch.equal(written[name], value), name
+
+
+def test_streamed_refuses_other_weights(tmp_path):
+    for seed in (0, 1):
+        build("llama", seed).save_pretrained(tmp_path / "dense")
+        with StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse") as checkpoint:
+            if seed == 1:
+                with pytest.raises(JournalError, match="the model's weights differ"):
+                    prune_model(checkpoint, batches(), journal=tmp_path / "journal")
+            else:
+                prune_model(checkpoint, batches(), journal=tmp_path / "journal")
+            checkpoint.finish({})
+
+
+def in_group(rank: int, size: int, folder: Path, kind: str) -> None:
+    journal = folder / "journal"
+
+    def model_and_ranks() -> tuple[torch.nn.Module, Ranks]:
+        model = small(tie_word_embeddings=False)
+        if kind == "fsdp":
+            mesh = init_device_mesh("cpu", (size,))
+            for block in model.model.layers:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        return model, Ranks.all()
+
+    for method in ("exactswap", "update", "permuted", "owl", "search"):
+        if (kind, method) == ("fsdp", "search"):
+            continue
+        options = {**METHODS[method], "ignore": []}
+        for stop in (3, 9):
+            at = journal / f"{method}{stop}"
+            model, ranks = model_and_ranks()
+            mine = list(ranks.deal(batches(count=5)))
+            try:
+                prune_model(
+                    model, mine, ranks=ranks, **options, journal=at, progress=stopping_after(stop)
+                )
+            except PruningError:
+                pass
+            else:
+                raise AssertionError("it was not stopped")
+            dist.barrier()
+            model, ranks = model_and_ranks()
+            result = prune_model(model, mine, ranks=ranks, **options, journal=at)
+            expected = small(tie_word_embeddings=False)
+            same(result, prune_model(expected, batches(count=5), **options))
+            for name, mask in result.masks.items():
+                pruned = Layer(name, model.get_submodule(name)).read()
+                assert torch.equal(pruned.masked_fill(mask, 0), torch.zeros_like(pruned)), name
+
+
+@pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("fsdp", 2), ("ddp", 3)])
+def test_several_processes(tmp_path, kind, size):
+    run_group(in_group, size, tmp_path, kind)
+
+
+def test_another_number_of_processes_may_go_on(tmp_path):
+    run_group(interrupted, 2, tmp_path)
+    expected = prune_model(small(), batches(count=5))
+    same(prune_model(small(), batches(count=5), journal=tmp_path / "journal"), expected)
+
+
+def interrupted(rank: int, size: int, folder: Path) -> None:
+    ranks = Ranks.all()
+    mine = ranks.deal(batches(count=5))
+    with pytest.raises(PruningError):
+        prune_model(
+            small(), mine, ranks=ranks, journal=folder / "journal", progress=stopping_after(16)
+        )
+
+
+VICTIM = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from tests.engine.test_journal import small, batches, prune_model
+
+folder, calls = Path(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+
+def dying(function):
+    def call(*args, **options):
+        global calls
+        calls -= 1
+        if calls == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+    return call
+
+if calls:
+    os.fsync = dying(os.fsync)
+    os.replace = dying(os.replace)
+print("go", flush=True)
+result = prune_model(small(), batches(), refine="exactswap", journal=folder / "journal")
+torch.save(result.masks, folder / "masks.pt")
+"""
+
+
+def run_victim(folder: Path, calls: int, delay: float | None = None) -> int:
+    command = [sys.executable, "-c", VICTIM, str(folder), str(calls)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    if delay is not None:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"go\n"
+        time.sleep(delay)
+        process.kill()
+    process.communicate()
+    return process.returncode
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path):
+    """SIGKILL at ten moments: five while a file is being written, five at random times."""
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    start = time.monotonic()
+    assert run_victim(expected, 0) == 0
+    taken = time.monotonic() - start
+    masks = torch.load(expected / "masks.pt", weights_only=True)
+    chance = random.Random(0)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    killed = 0
+    # each goes on from where the one before was killed: journal's files are flushed twice each
+    for calls in (1, 3, 4, 5, 6):
+        killed += run_victim(folder, calls) == -signal.SIGKILL
+        check_files(folder)
+    other = tmp_path / "random"
+    other.mkdir()
+    for _ in range(5):
+        killed += run_victim(other, 0, chance.uniform(0, 0.05 * taken)) == -signal.SIGKILL
+        check_files(other)
+    assert killed >= 8
+    for place in (folder, other):
+        assert run_victim(place, 0) == 0
+        check_files(place)
+        found = torch.load(place / "masks.pt", weights_only=True)
+        assert found.keys() == masks.keys()
+        assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+
+
+def check_files(folder: Path) -> None:
+    """All files that have their names can be read."""
+    for file in (folder / "journal").glob("[!.]*"):
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        else:
+            assert load_file(file)
