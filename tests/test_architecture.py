@@ -20,7 +20,11 @@ ALLOWED = {
     "engine": {"torch", "greenlet", "safetensors", f"{PACKAGE}.files", *CORE},
     "display": {"rich", *CORE},
     "pretrained": {"torch", "transformers"},
-    "callbacks": LIGHTNING | CORE | {f"{PACKAGE}.display", f"{PACKAGE}.callbacks"},
+    "masks": {"torch", "safetensors", f"{PACKAGE}.files", *CORE},
+    "callbacks": LIGHTNING
+    | CORE
+    | {f"{PACKAGE}.{room}" for room in ("display", "masks", "callbacks")}
+    | {"typing_extensions"},
     "module": LIGHTNING | CORE | {f"{PACKAGE}.pretrained"},
     "datamodule": LIGHTNING | CORE | {f"{PACKAGE}.pretrained"},
     "export": {"torch", "safetensors", "transformers", f"{PACKAGE}.files", *CORE},

@@ -8,8 +8,9 @@ Example:
     0.5
 """
 
-from symprune_lightning.callbacks import PruningCallback, SymPrune
+from symprune_lightning.callbacks import Gradual, MaskedFinetuning, PruningCallback, SymPrune
 from symprune_lightning.datamodule import CalibrationDataModule, TextSource
+from symprune_lightning.engine.journal import JournalError
 from symprune_lightning.engine.method import PruningWarning
 from symprune_lightning.engine.parallel import RankError, Ranks
 from symprune_lightning.engine.prune import prune_model
@@ -38,6 +39,7 @@ from symprune_lightning.functional.scores import (
 )
 from symprune_lightning.functional.statistics import Moments, Statistics
 from symprune_lightning.functional.update import OBSUpdate, SparseGPT, WeightUpdate
+from symprune_lightning.masks import load_masks, masks_of_zeros, save_masks
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.streaming import StreamedCheckpoint
 from symprune_lightning.trainer import Trainer
@@ -53,10 +55,13 @@ __all__ = [
     "DSnoT",
     "Diagonal",
     "ExactSwap",
+    "Gradual",
+    "JournalError",
     "LayerReport",
     "LpRIA",
     "Magnitude",
     "MaskRefiner",
+    "MaskedFinetuning",
     "Moments",
     "OBSUpdate",
     "OutputWanda",
@@ -84,5 +89,8 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "WeightUpdate",
+    "load_masks",
+    "masks_of_zeros",
     "prune_model",
+    "save_masks",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +15,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from transformers import PreTrainedModel
 
 from symprune_lightning.callbacks import (
+    Moment,
     PruningCallback,
-    When,
+    RunOptions,
     layer_progress,
     pruning_target,
 )
@@ -179,6 +181,9 @@ class Trainer(pl.Trainer):
                 memory. It is not evaluated then, and ``model`` has to be one that is not loaded.
             callbacks: Callbacks for this call.
 
+        While it runs, a folder ``.<output>.journal`` beside the output holds what is finished. A
+        run that was killed goes on from there when the same is called again.
+
         Returns:
             Masks and reports; the model's weights are zeroed.
 
@@ -193,16 +198,34 @@ class Trainer(pl.Trainer):
             check_destination(output)
             if not isinstance(model, CausalLMModule):
                 _transformers_model(model)
-        if stream:
-            return self._stream(output, model, datamodule, callback)
-        self.validate(model, dataloaders, verbose=False, datamodule=datamodule, callbacks=callbacks)
-        result = callback.result
-        if result is None or not callback.has_pruned(model):
-            raise ValueError("nothing was pruned: are there validation batches?")
-        if output is not None:
-            self._save(output, model, datamodule, callback, result)
-        self.strategy.barrier()
+        with self._journalled(callback, output):
+            if stream:
+                return self._stream(output, model, datamodule, callback)
+            self.validate(
+                model, dataloaders, verbose=False, datamodule=datamodule, callbacks=callbacks
+            )
+            result = callback.result
+            if result is None or not callback.has_pruned(model):
+                raise ValueError("nothing was pruned: are there validation batches?")
+            if output is not None:
+                self._save(output, model, datamodule, callback, result)
+            self.strategy.barrier()
         return result
+
+    @contextmanager
+    def _journalled(self, callback: PruningCallback, output: str | None) -> Iterator[None]:
+        """Have a journal beside the output until that is written; one of the user's own stays."""
+        if output is None or callback.journal is not None:
+            yield
+            return
+        path = Path(output).expanduser().absolute()
+        callback.journal = path.with_name(f".{path.name}.journal")
+        try:
+            yield
+            if self.is_global_zero:
+                shutil.rmtree(callback.journal, ignore_errors=True)
+        finally:
+            callback.journal = None
 
     def _stream(
         self,
@@ -230,7 +253,8 @@ class Trainer(pl.Trainer):
             for batch in datamodule.calibration_dataloader()
         )
         with checkpoint, layer_progress(self) as progress:
-            result = callback.prune(checkpoint, batches, None, ALONE, progress)
+            run = RunOptions(forward=None, ranks=ALONE, journal=callback.journal, progress=progress)
+            result = callback.prune(checkpoint, batches, 1.0, **run)
             callback.result = result
             checkpoint.finish(self._manifest(module, datamodule, callback, result))
         return result
@@ -270,7 +294,7 @@ class Trainer(pl.Trainer):
 
     def _evaluate_dense(
         self,
-        moment: When,
+        moment: Moment,
         model: LightningModule | None,
         evaluate: Callable[..., list[Mapping[str, float]]],
         *,

@@ -1,11 +1,25 @@
-"""Callbacks: ``PruningCallback``, the life cycle, and ``SymPrune``, the method."""
+"""Pruning as Lightning callbacks."""
 
+from symprune_lightning.callbacks.finetuning import MaskedFinetuning
+from symprune_lightning.callbacks.gradual import Gradual
 from symprune_lightning.callbacks.pruning import (
+    Moment,
     PruningCallback,
+    RunOptions,
     When,
     layer_progress,
     pruning_target,
 )
 from symprune_lightning.callbacks.symprune import SymPrune
 
-__all__ = ["PruningCallback", "SymPrune", "When", "layer_progress", "pruning_target"]
+__all__ = [
+    "Gradual",
+    "MaskedFinetuning",
+    "Moment",
+    "PruningCallback",
+    "RunOptions",
+    "SymPrune",
+    "When",
+    "layer_progress",
+    "pruning_target",
+]

@@ -6,8 +6,11 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from itertools import islice
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
@@ -20,6 +23,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DistributedSampler
 
+from symprune_lightning.callbacks.gradual import Gradual
 from symprune_lightning.display import layer_bar, summary
 from symprune_lightning.engine.parallel import ALONE, Ranks
 from symprune_lightning.engine.prune import call_model
@@ -27,8 +31,30 @@ from symprune_lightning.engine.residence import Residence
 from symprune_lightning.engine.result import Progress, PruneResult
 from symprune_lightning.engine.schedule import Forward
 
-When = Literal["validate", "test", "fit_start", "fit_end"]
-"""When a callback prunes: before ``validate`` or ``test`` evaluates, before or after ``fit``."""
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Moment = Literal["validate", "test", "fit_start", "fit_end"]
+"""Before ``validate`` or ``test`` evaluates, before or after ``fit``."""
+
+When = Moment | Gradual
+"""When a callback prunes: once, at a moment; or little by little, while the model trains."""
+
+
+class RunOptions(TypedDict):
+    """How a run is run, not what it does: arguments of ``prune_model``.
+
+    Attributes:
+        forward: How a batch is given to the model.
+        ranks: The Trainer's processes.
+        journal: Where finished blocks are kept.
+        progress: To be called after every layer.
+    """
+
+    forward: Forward | None
+    ranks: Ranks
+    journal: str | PathLike[str] | None
+    progress: Progress
 
 
 class PruningCallback(Callback, ABC):
@@ -51,10 +77,14 @@ class PruningCallback(Callback, ABC):
     part to be pruned in an attribute ``prunable_model`` (layer names are then relative to it).
 
     Args:
-        when: Which moment.
+        when: Which moment: ``"validate"``, ``"test"``, ``"fit_start"``, ``"fit_end"``; or
+            ``Gradual(end=1000)``, to prune further and further while the model trains (keep the
+            zeros by a ``MaskedFinetuning`` callback).
         calibration: Batches to calibrate on, in place of the data module's.
         baseline: Let ``symprune_lightning.Trainer`` evaluate the dense model first. Lightning's own
             Trainer evaluates once, after pruning.
+        journal: Folder to keep finished blocks in: a run that was killed goes on from there when it
+            is started again. ``Trainer.prune`` has one beside its output if this is ``None``.
 
     Attributes:
         result: What was pruned, ``None`` before.
@@ -62,7 +92,7 @@ class PruningCallback(Callback, ABC):
         sparse_metrics: Metrics of the pruned model, once it was evaluated.
 
     Raises:
-        ValueError: ``when`` is unknown.
+        ValueError: ``when`` is unknown, or gradual with a journal.
     """
 
     def __init__(
@@ -71,16 +101,43 @@ class PruningCallback(Callback, ABC):
         when: When = "validate",
         calibration: Iterable[Any] | None = None,
         baseline: bool = True,
+        journal: str | PathLike[str] | None = None,
     ) -> None:
-        if when not in get_args(When):
-            raise ValueError(f"when is {when!r}; choose one of {get_args(When)}")
-        self.when = when
+        if not isinstance(when, Gradual) and when not in get_args(Moment):
+            raise ValueError(f"when is {when!r}; choose one of {get_args(Moment)}, or Gradual(…)")
+        if isinstance(when, Gradual) and journal is not None:
+            raise ValueError(
+                "a journal is for pruning at once; what is pruned gradually is in the checkpoints "
+                "of the fit"
+            )
+        self.when: When = when
+        self.journal = journal
         self.calibration = calibration
         self.baseline = baseline
         self.result: PruneResult | None = None
         self.dense_metrics: dict[str, float] = {}
         self.sparse_metrics: dict[str, float] = {}
         self._pruned: weakref.ref[LightningModule] | None = None
+        self._resumed = False
+        self._last_step = -1
+
+    @property
+    def state_key(self) -> str:
+        """Tells callbacks with other settings apart in a checkpoint."""
+        return self._generate_state_key(**self.settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the checkpoint's weights are pruned."""
+        return {"pruned": True} if self.result is not None or self._resumed else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Know that a fit goes on from weights that this callback has pruned."""
+        self._resumed = bool(state_dict["pruned"])
+
+    @property
+    def prunes_in_fit(self) -> bool:
+        """Whether it prunes before or while a model trains."""
+        return self.when == "fit_start" or isinstance(self.when, Gradual)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pruned": None}  # a weak reference can't be pickled
@@ -95,18 +152,16 @@ class PruningCallback(Callback, ABC):
         self,
         model: nn.Module | Residence,
         batches: Iterable[Any],
-        forward: Forward | None,
-        ranks: Ranks,
-        progress: Progress,
+        share: float,
+        **run: Unpack[RunOptions],
     ) -> PruneResult:
         """Prune ``model`` in place.
 
         Args:
             model: The module, or its ``prunable_model``, or a checkpoint that is streamed.
             batches: This process's share of the calibration batches, on the module's device.
-            forward: As in ``prune_model``.
-            ranks: The Trainer's processes.
-            progress: To be called after every layer.
+            share: Share of the final sparsity that is wanted now; 1 unless pruning is gradual.
+            run: For ``prune_model``.
         """
 
     def has_pruned(self, module: LightningModule) -> bool:
@@ -124,12 +179,7 @@ class PruningCallback(Callback, ABC):
         Raises:
             ValueError: The strategy is FSDP in its first version, or DeepSpeed.
         """
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise ValueError(
-                f"{type(self).__name__} does not work under {type(trainer.strategy).__name__}, "
-                f"which flattens or partitions weights out of sight: use strategy='ddp', or "
-                f"ModelParallelStrategy (FSDP2 and tensor parallel)"
-            )
+        refuse_strategies(self, trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune before ``Trainer.validate`` evaluates."""
@@ -140,9 +190,23 @@ class PruningCallback(Callback, ABC):
         """Prune before ``Trainer.test`` evaluates."""
         self._at("test", trainer, pl_module)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune before the first training step."""
-        self._at("fit_start", trainer, pl_module)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune before the first training step.
+
+        Not if the fit goes on from a checkpoint whose weights this callback has pruned. Earlier
+        hooks come before the weights of a sharded checkpoint are there.
+        """
+        if not self._resumed:
+            self._at("fit_start", trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune further, if that is due before the next optimizer step."""
+        step = trainer.global_step
+        if isinstance(self.when, Gradual) and self.when.is_due(step) and step != self._last_step:
+            self._last_step = step
+            self._prune(trainer, pl_module, self.when.share(step))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune after the last training step.
@@ -162,22 +226,30 @@ class PruningCallback(Callback, ABC):
         if self.when == "test":
             self._finish(trainer, pl_module)
 
-    def _at(self, moment: When, trainer: Trainer, module: LightningModule) -> None:
-        if moment != self.when or self.has_pruned(module):
-            return
-        step = getattr(module, "calibration_step", None)
+    def _prune(self, trainer: Trainer, module: LightningModule, share: float) -> None:
         ranks = _ranks(trainer)
-        batches = ranks.deal(self._calibration_batches(trainer, module))
-        with layer_progress(trainer) as progress:
+        batches = self._calibration_batches(trainer, module)
+        few = int(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if few:
+            batches = islice(batches, few)
+        # hooks on layers are not called from compiled code
+        with layer_progress(trainer) as progress, torch.compiler.set_stance("force_eager"):
             self.result = self.prune(
                 pruning_target(module),
-                _on_device(batches, trainer),
-                _forward(trainer, step),
-                ranks,
-                progress,
+                _on_device(ranks.deal(batches), trainer),
+                share,
+                forward=_forward(trainer, getattr(module, "calibration_step", None)),
+                ranks=ranks,
+                journal=self.journal,
+                progress=progress,
             )
         self._pruned = weakref.ref(module)
         self.sparse_metrics = {}
+
+    def _at(self, moment: Moment, trainer: Trainer, module: LightningModule) -> None:
+        if moment != self.when or self.has_pruned(module):
+            return
+        self._prune(trainer, module, 1.0)
         if moment in ("fit_start", "fit_end"):
             self._show(trainer)  # the metrics at hand are those of dense weights
 
@@ -214,7 +286,19 @@ class PruningCallback(Callback, ABC):
 def pruning_target(module: LightningModule) -> nn.Module:
     """What is pruned of a module, and what layer names are relative to."""
     target: nn.Module = getattr(module, "prunable_model", module)
-    return target
+    # what torch.compile gives has the module inside
+    original: nn.Module = getattr(target, "_orig_mod", target)
+    return original
+
+
+def refuse_strategies(callback: Callback, trainer: Trainer) -> None:
+    """Raise ``ValueError`` under a strategy that keeps weights where they can't be reached."""
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise ValueError(
+            f"{type(callback).__name__} does not work under {type(trainer.strategy).__name__}, "
+            f"which flattens or partitions weights out of sight: use strategy='ddp', or "
+            f"ModelParallelStrategy (FSDP2 and tensor parallel)"
+        )
 
 
 def _ranks(trainer: Trainer) -> Ranks:

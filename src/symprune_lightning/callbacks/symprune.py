@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from symprune_lightning.callbacks.pruning import PruningCallback, When
+from symprune_lightning.callbacks.gradual import Gradual
+from symprune_lightning.callbacks.pruning import PruningCallback, RunOptions, When
 from symprune_lightning.engine.layers import LM_HEAD
 from symprune_lightning.engine.method import Refine, check_group, refiners_of
-from symprune_lightning.engine.parallel import Ranks
 from symprune_lightning.engine.prune import prune_model
 from symprune_lightning.engine.residence import Residence
-from symprune_lightning.engine.result import Progress, PruneResult
-from symprune_lightning.engine.schedule import Forward, Schedule, check_schedule
+from symprune_lightning.engine.result import PruneResult
+from symprune_lightning.engine.schedule import Schedule, check_schedule
 from symprune_lightning.functional.allocation import Allocation
 from symprune_lightning.functional.naming import by_name
 from symprune_lightning.functional.patterns import Group, Pattern, pattern_of
 from symprune_lightning.functional.refiners import MaskRefiner
 from symprune_lightning.functional.scores import Score
 from symprune_lightning.functional.update import WeightUpdate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SymPrune(PruningCallback):
@@ -48,6 +51,7 @@ class SymPrune(PruningCallback):
         when: See [`PruningCallback`][symprune_lightning.callbacks.PruningCallback].
         calibration: See `PruningCallback`.
         baseline: See `PruningCallback`.
+        journal: See `PruningCallback`.
 
     Raises:
         ValueError: An argument is wrong.
@@ -77,13 +81,16 @@ class SymPrune(PruningCallback):
         when: When = "validate",
         calibration: Iterable[Any] | None = None,
         baseline: bool = True,
+        journal: str | None = None,
     ) -> None:
-        super().__init__(when=when, calibration=calibration, baseline=baseline)
+        super().__init__(when=when, calibration=calibration, baseline=baseline, journal=journal)
         check_schedule(schedule)
         for level in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
             pattern_of(pattern, sparsity=level, group=group)  # says at once what is wrong
         if pattern is None:
             check_group(group, schedule)
+        elif isinstance(when, Gradual):
+            raise ValueError("a pattern has no sparsity to grow: give sparsity in place of pattern")
         self.score = by_name(Score, score)  # type: ignore[type-abstract]
         self.sparsity = sparsity
         self.pattern = None if pattern is None else pattern_of(pattern)
@@ -110,16 +117,21 @@ class SymPrune(PruningCallback):
         self,
         model: nn.Module | Residence,
         batches: Iterable[Any],
-        forward: Forward | None,
-        ranks: Ranks,
-        progress: Progress,
+        share: float,
+        **run: Unpack[RunOptions],
     ) -> PruneResult:
         """See `PruningCallback`."""
+        levels = self.sparsity
+        scaled = (
+            {name: level * share for name, level in levels.items()}
+            if isinstance(levels, dict)
+            else levels * share
+        )
         return prune_model(
             model,
             batches,
             score=self.score,
-            sparsity=self.sparsity,
+            sparsity=scaled,
             pattern=self.pattern,
             group=self.group,
             refine=self.refine,
@@ -128,9 +140,7 @@ class SymPrune(PruningCallback):
             schedule=self.schedule,
             ignore=self.ignore,
             only=self.only,
-            forward=forward,
-            ranks=ranks,
-            progress=progress,
+            **run,
         )
 
 
