@@ -63,6 +63,8 @@ class CalibrationDataModule(LightningDataModule):
         sequence_length: Tokens in a sequence. 2048, as in the papers.
         evaluation: Texts to evaluate on; ``None`` takes further texts of ``dataset``.
         evaluation_sequences: How many sequences to evaluate on.
+        training_sequences: How many sequences to train on in ``fit``: texts of ``dataset`` that are
+            in neither other part.
         batch_size: Sequences in a batch.
         trust_remote_code: Let the tokenizer run code of its own. Off unless you say so.
         seed: Of the shuffle. An iterable that is no sequence is taken in its own order.
@@ -90,6 +92,7 @@ class CalibrationDataModule(LightningDataModule):
         sequence_length: int = 2048,
         evaluation: Texts | None = None,
         evaluation_sequences: int = 64,
+        training_sequences: int = 0,
         batch_size: int = 1,
         seed: int = 0,
         trust_remote_code: bool = False,
@@ -104,11 +107,14 @@ class CalibrationDataModule(LightningDataModule):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1")
+        if training_sequences < 0:
+            raise ValueError(f"training_sequences is {training_sequences}; it must not be negative")
         self.dataset = dataset
         self.evaluation = evaluation
         self.sequences = sequences
         self.sequence_length = sequence_length
         self.evaluation_sequences = evaluation_sequences
+        self.training_sequences = training_sequences
         self.batch_size = batch_size
         self.seed = seed
         self.trust_remote_code = trust_remote_code
@@ -125,19 +131,30 @@ class CalibrationDataModule(LightningDataModule):
         return self._tokenizer
 
     def setup(self, stage: str | None = None) -> None:
-        """Tokenise and pack both parts, once."""
+        """Tokenise and pack all parts, once."""
         if self._parts:
             return
         tokens = self._tokens(self.dataset)
         calibration = self._pack(tokens, self.sequences, "calibration")
-        if self.evaluation is not None:
-            tokens = self._tokens(self.evaluation)
-        evaluation = self._pack(tokens, self.evaluation_sequences, "evaluation")
+        other = tokens if self.evaluation is None else self._tokens(self.evaluation)
+        evaluation = self._pack(other, self.evaluation_sequences, "evaluation")
         self._parts = {"calibration": calibration, "evaluation": evaluation}
+        if self.training_sequences:
+            self._parts["training"] = self._pack(tokens, self.training_sequences, "training")
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Batches of ``{"input_ids": (batch_size, sequence_length)}`` to calibrate on."""
         return self._loader("calibration")
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Batches to train on, in the same order every time.
+
+        Raises:
+            ValueError: ``training_sequences`` is 0.
+        """
+        if not self.training_sequences:
+            raise ValueError("there is nothing to train on: give training_sequences=…")
+        return self._loader("training")
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Batches to evaluate on.
@@ -163,7 +180,8 @@ class CalibrationDataModule(LightningDataModule):
     @property
     def settings(self) -> dict[str, Any]:
         """Where the tokens came from, in plain values, as the manifest records it."""
-        sizes = ("sequences", "sequence_length", "evaluation_sequences", "batch_size", "seed")
+        parts = ("sequences", "evaluation_sequences", "training_sequences")
+        sizes = (*parts, "sequence_length", "batch_size", "seed")
         return {
             "dataset": _described(self.dataset),
             "evaluation": _described(self.evaluation),

@@ -156,8 +156,13 @@ class CausalLMModule(LightningModule):
         logits = self(batch)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), _targets(batch).flatten())
         if self._trainer is not None:
-            self.log("train_loss", loss, prog_bar=True)
+            self._log_loss(loss)
         return loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _log_loss(self, loss: Tensor) -> None:
+        """Lightning's ``log`` looks at signatures, which compiled code can't."""
+        self.log("train_loss", loss, prog_bar=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the perplexity."""

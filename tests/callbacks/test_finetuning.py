@@ -1,0 +1,513 @@
+"""Training keeps the zeros, with any optimizer, and goes on from checkpoints."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.utils.data import DataLoader
+
+from symprune_lightning import (
+    CalibrationDataModule,
+    CausalLMModule,
+    Gradual,
+    MaskedFinetuning,
+    SymPrune,
+    Trainer,
+    prune_model,
+    save_masks,
+)
+from symprune_lightning.engine.layers import Layer
+from symprune_lightning.engine.parallel import local
+from tests.groups import run_trainers
+from tests.models import VOCABULARY, batches, build
+
+OPTIMIZERS: dict[str, Any] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-3),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    # its steps are orthogonal matrices, which have no zeros where the gradient has
+    "Muon": lambda p: torch.optim.Muon([x for x in p if x.dim() == 2], lr=1e-2),
+}
+
+
+class Tuned(CausalLMModule):
+    """A language model with an optimizer to choose, on the CPU."""
+
+    optimizer = "AdamW"
+
+    def configure_optimizers(self):
+        return OPTIMIZERS[self.optimizer](list(self.parameters()))
+
+
+def module(optimizer: str = "AdamW", **options: Any) -> Tuned:
+    tuned = Tuned(build("llama").train(), **options)
+    tuned.optimizer = optimizer
+    return tuned
+
+
+def rows(count: int = 16, length: int = 16) -> list[list[int]]:
+    """Texts with something to learn: each token is followed by the next one."""
+    return [[3 + (i + j) % (VOCABULARY - 3) for j in range(length)] for i in range(count)]
+
+
+def data(**options: Any) -> CalibrationDataModule:
+    sizes = {"sequences": 4, "evaluation_sequences": 4, "training_sequences": 8}
+    return CalibrationDataModule(rows(), sequence_length=16, **{**sizes, **options})
+
+
+def trainer(**options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+    bars = {"enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(accelerator="cpu", **{**quiet, **bars, **options})
+
+
+def sparse() -> SymPrune:
+    return SymPrune("wanda", sparsity=0.5, when="fit_start")
+
+
+def revived(model: nn.Module, masks: dict[str, torch.Tensor]) -> int:
+    """How many weights are not zero where they are pruned."""
+    return sum(
+        int(((Layer(n, model.get_submodule(n)).read() != 0) & ~mask).sum())
+        for n, mask in masks.items()
+    )
+
+
+class Watch(pl.Callback):
+    """Counts revived weights after every batch, and keeps the losses."""
+
+    def __init__(self) -> None:
+        self.revived = 0
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        masks = next(c for c in trainer.callbacks if isinstance(c, MaskedFinetuning)).masks
+        assert masks
+        self.revived += revived(pl_module.prunable_model, masks)
+        self.losses.append(float(outputs["loss"]))
+
+
+def remembered(fitted: Trainer, model: nn.Module, masks: dict[str, torch.Tensor]) -> float:
+    """The most that an optimizer remembers of a pruned weight."""
+    most = 0.0
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        for optimizer in fitted.optimizers:
+            for value in optimizer.state.get(weight, {}).values():
+                if isinstance(value, torch.Tensor) and value.shape == mask.shape:
+                    most = max(most, float(local(value).abs().masked_fill(mask, 0).max()))
+    return most
+
+
+def test_200_steps_revive_no_weight():
+    watch, masked = Watch(), MaskedFinetuning()
+    fitted = trainer(max_steps=200)
+    tuned = module()
+    fitted.fit(tuned, datamodule=data(), callbacks=[watch, masked, sparse()])
+    assert len(watch.losses) == 200
+    assert watch.revived == 0
+    assert sum(watch.losses[-8:]) < 0.5 * sum(watch.losses[:8])
+    assert len(masked.masks) == 14
+    assert all(float(mask.float().mean()) == 0.5 for mask in masked.masks.values())
+    assert remembered(fitted, tuned.prunable_model, masked.masks) == 0
+
+
+def test_without_it_weights_are_revived():
+    tuned, pruning = module(), sparse()
+    trainer(max_steps=2).fit(tuned, datamodule=data(), callbacks=[pruning])
+    assert revived(tuned.prunable_model, pruning.result.masks) > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accumulate_grad_batches": 3},
+        {"gradient_clip_val": 0.1},
+        {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_any_optimizer(optimizer, options):
+    watch, masked = Watch(), MaskedFinetuning()
+    fitted = trainer(max_steps=6, **options)
+    tuned = module(optimizer)
+    before = {n: p.detach().clone() for n, p in tuned.named_parameters()}
+    fitted.fit(tuned, datamodule=data(), callbacks=[sparse(), masked, watch])
+    assert watch.revived == 0
+    assert remembered(fitted, tuned.prunable_model, masked.masks) == 0
+    for name, mask in masked.masks.items():  # kept weights do move
+        weight = tuned.prunable_model.get_submodule(name).weight
+        assert (weight != before[f"model.{name}.weight"].to(weight.dtype))[
+            mask
+        ].float().mean() > 0.3
+
+
+def test_the_norm_that_is_clipped_is_that_of_kept_weights():
+    norms = []
+
+    class Norm(Tuned):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **_):
+            norms.append([p.grad.clone() for p in self.parameters() if p.grad is not None])
+
+    tuned = Norm(build("llama").train())
+    masked = MaskedFinetuning()
+    trainer(max_steps=1, gradient_clip_val=1.0).fit(
+        tuned, datamodule=data(), callbacks=[sparse(), masked]
+    )
+    parameters = [p for p in tuned.parameters() if p.grad is not None]
+    masks = {tuned.prunable_model.get_submodule(n).weight: mask for n, mask in masked.masks.items()}
+    checked = 0
+    for parameter, gradient in zip(parameters, norms[0], strict=True):
+        if parameter in masks:
+            assert not gradient[~masks[parameter]].any()
+            checked += 1
+    assert checked == 14
+
+
+class Manual(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.automatic_optimization = False
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = (self(batch) - batch).square().mean()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+
+    def train_dataloader(self):
+        return DataLoader(torch.randn(32, 8), batch_size=4)
+
+    def calibration_dataloader(self):
+        return [torch.randn(16, 8)]
+
+
+@pytest.mark.parametrize("kind", [Trainer, pl.Trainer])
+def test_manual_optimization_in_a_module_of_somebody(kind):
+    model = Manual()
+    masked = MaskedFinetuning()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    pruning = SymPrune(sparsity=0.5, when="fit_start")
+    fit = kind(max_epochs=2, accelerator="cpu", callbacks=[masked, pruning], **quiet)
+    fit.fit(model)
+    assert revived(model, masked.masks) == 0
+    assert {n: (m.shape, int(m.sum())) for n, m in masked.masks.items()} == {
+        "net.0": ((16, 8), 64),
+        "net.2": ((8, 16), 64),
+    }
+
+
+# where the masks come from
+
+
+def pruned_module() -> tuple[Tuned, dict[str, torch.Tensor]]:
+    tuned = module()
+    result = prune_model(tuned.prunable_model, batches(), score="wanda")
+    tuned.prunable_model.train()
+    return tuned, result.masks
+
+
+def same_masks(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], mask) for name, mask in wanted.items())
+
+
+@pytest.mark.parametrize("source", ["model", "zeros", "mapping", "file", "folder"])
+def test_sources(source, tmp_path):
+    tuned, masks = pruned_module()
+    path = tmp_path / "symprune" / "masks.safetensors"
+    save_masks(path, masks)
+    given = {"zeros": "zeros", "mapping": masks, "file": str(path), "folder": tmp_path}.get(source)
+    if source in ("mapping", "file", "folder"):
+        tuned = module()  # dense: the masks are applied
+    masked = MaskedFinetuning(given)
+    trainer(max_steps=3).fit(tuned, datamodule=data(), callbacks=masked)
+    same_masks(masked.masks, masks)
+    assert revived(tuned.prunable_model, masks) == 0
+
+
+def test_a_dense_model_is_refused():
+    with pytest.raises(ValueError, match=r"no layer with zeros to keep.*when='fit_start'"):
+        trainer(max_steps=1).fit(module(), datamodule=data(), callbacks=MaskedFinetuning())
+
+
+def test_masks_of_another_model_are_refused():
+    for name, shape, message in [
+        ("model.layers.7.self_attn.q_proj", (32, 32), "which LlamaForCausalLM does not have"),
+        ("model.layers.0.self_attn.q_proj", (32, 30), r"is \(32, 30\), its weight \(32, 32\)"),
+    ]:
+        masked = MaskedFinetuning({name: torch.zeros(shape, dtype=torch.bool)})
+        with pytest.raises(ValueError, match=message):
+            trainer(max_steps=1).fit(module(), datamodule=data(), callbacks=masked)
+
+
+def test_two_callbacks_that_prune():
+    masked = MaskedFinetuning()
+    attention = SymPrune(sparsity=0.5, only=["re:.*self_attn.*"], when="fit_start")
+    rest = SymPrune(sparsity=0.25, only=["re:.*mlp.*"], when="fit_start")
+    tuned = module()
+    trainer(max_steps=5).fit(tuned, datamodule=data(), callbacks=[attention, masked, rest])
+    assert len(masked.masks) == 14
+    assert revived(tuned.prunable_model, {**attention.result.masks, **rest.result.masks}) == 0
+
+
+# checkpoints
+
+
+def fit(folder: Path, epochs: int, resume: Path | None = None, **options: Any) -> Any:
+    """Prune, train that many epochs, and save."""
+    tuned, watch, masked, pruning = module(), Watch(), MaskedFinetuning(), sparse()
+    saved = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    fitted = trainer(max_epochs=epochs, **options)
+    fitted.fit(
+        tuned, datamodule=data(), ckpt_path=resume, callbacks=[pruning, masked, watch, saved]
+    )
+    assert watch.revived == 0
+    assert (pruning.result is None) == (resume is not None)
+    return tuned, masked
+
+
+def state_of(tuned: Tuned, fitted: Any = None) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in tuned.named_parameters()}
+
+
+def test_resumed_is_as_never_stopped(tmp_path):
+    whole, masks = fit(tmp_path / "whole", 4)
+    fit(tmp_path / "half", 2)
+    last = tmp_path / "half" / "epoch=1.ckpt"
+    resumed, again = fit(tmp_path / "half", 4, resume=last)
+    same_masks(again.masks, masks.masks)
+    for name, value in state_of(whole).items():
+        assert torch.equal(state_of(resumed)[name], value), name
+    ends = [
+        torch.load(tmp_path / name / "epoch=3.ckpt", weights_only=True)
+        for name in ("whole", "half")
+    ]
+    moments = [end["optimizer_states"][0]["state"] for end in ends]
+    for key, value in moments[0].items():
+        assert all(torch.equal(moments[1][key][k], v) for k, v in value.items())
+    assert torch.load(last, weights_only=True)["callbacks"]["MaskedFinetuning"]["bits"]
+
+
+def test_a_checkpoint_without_masks(tmp_path):
+    tuned, masks = pruned_module()
+    saved = ModelCheckpoint(tmp_path, filename="old")
+    trainer(max_epochs=1).fit(tuned, datamodule=data(), callbacks=[saved, MaskedFinetuning()])
+    old = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    del old["callbacks"]["MaskedFinetuning"]
+    torch.save(old, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match=r"old.ckpt has no masks.*masks='zeros'"):
+        trainer(max_epochs=2).fit(
+            module(),
+            datamodule=data(),
+            ckpt_path=tmp_path / "old.ckpt",
+            callbacks=MaskedFinetuning(),
+        )
+    resumed, masked = module(), MaskedFinetuning("zeros")
+    trainer(max_epochs=2).fit(
+        resumed, datamodule=data(), ckpt_path=tmp_path / "old.ckpt", callbacks=masked
+    )
+    same_masks(masked.masks, masks)
+
+
+def test_a_dense_checkpoint_is_pruned_and_kept_so(tmp_path):
+    saved = ModelCheckpoint(tmp_path, filename="dense")
+    trainer(max_epochs=1).fit(module(), datamodule=data(), callbacks=saved)
+    resumed, pruning, masked = module(), sparse(), MaskedFinetuning()
+    trainer(max_epochs=2).fit(
+        resumed, datamodule=data(), ckpt_path=tmp_path / "dense.ckpt", callbacks=[pruning, masked]
+    )
+    assert pruning.result is not None
+    same_masks(masked.masks, pruning.result.masks)
+    assert revived(resumed.prunable_model, masked.masks) == 0
+
+
+# gradual pruning
+
+
+def test_gradual():
+    levels, pruned = [], []
+
+    class Level(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            weights = [m.weight for m in pl_module.prunable_model.modules() if is_pruned(m)]
+            zero = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+            levels.append(round(zero, 2))
+            pruned.append({id(w): (w == 0) for w in weights})
+
+    gradual = SymPrune("wanda", sparsity=0.8, when=Gradual(start=2, end=10, every=4))
+    masked, tuned = MaskedFinetuning(), module()
+    fitted = trainer(max_steps=14, accumulate_grad_batches=2)
+    fitted.fit(tuned, datamodule=data(), callbacks=[Level(), masked, gradual])
+    schedule = [0.0] * 12 + [0.7] * 8 + [0.8] * 8
+    assert levels == pytest.approx(schedule, abs=0.02)  # whole weights of rows of 32
+    for before, after in pairwise(pruned):
+        assert all((after[key] >= zero).all() for key, zero in before.items())
+    assert revived(tuned.prunable_model, gradual.result.masks) == 0
+    assert remembered(fitted, tuned.prunable_model, masked.masks) == 0
+
+
+def is_pruned(m: nn.Module) -> bool:
+    return (isinstance(m, nn.Linear) and m.out_features != VOCABULARY) or (
+        isinstance(m, nn.Linear) and m.in_features == 64
+    )
+
+
+def test_gradual_resumed_is_as_never_stopped(tmp_path):
+    def run(folder: Path, epochs: int, resume: Path | None = None) -> Tuned:
+        tuned = module()
+        gradual = SymPrune("wanda", sparsity=0.8, when=Gradual(end=24, every=5))
+        saved = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        trainer(max_epochs=epochs).fit(
+            tuned,
+            datamodule=data(),
+            ckpt_path=resume,
+            callbacks=[gradual, MaskedFinetuning(), saved],
+        )
+        return tuned
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "half", 2)
+    resumed = run(tmp_path / "half", 4, resume=tmp_path / "half" / "epoch=1.ckpt")
+    for name, value in state_of(whole).items():
+        assert torch.equal(state_of(resumed)[name], value), name
+
+
+def test_gradual_says_what_does_not_go_with_it():
+    with pytest.raises(ValueError, match="no sparsity to grow"):
+        SymPrune(pattern="2:4", when=Gradual(end=3))
+    with pytest.raises(ValueError, match="journal is for pruning at once"):
+        SymPrune(when=Gradual(end=3), journal="runs/a")
+    for options in ({"end": 0}, {"end": 3, "start": 3}, {"end": 3, "every": 0}):
+        with pytest.raises(ValueError, match="start must be"):
+            Gradual(**options)
+
+
+# other parts of projects
+
+
+def test_with_checkpoints_early_stopping_and_a_logger(tmp_path):
+    best = ModelCheckpoint(tmp_path / "best", monitor="val_loss", filename="best")
+    stop = EarlyStopping("val_loss", patience=1)
+    masked, tuned = MaskedFinetuning(), module()
+    trainer(
+        max_epochs=4,
+        logger=CSVLogger(tmp_path),
+        limit_val_batches=2,
+        log_every_n_steps=1,
+    ).fit(tuned, datamodule=data(), callbacks=[best, stop, sparse(), masked])
+    loaded = Tuned.load_from_checkpoint(best.best_model_path, pretrained=build("llama"))
+    assert revived(loaded.prunable_model, masked.masks) == 0
+    assert "val_loss" in next(tmp_path.rglob("metrics.csv")).read_text()
+
+
+@pytest.mark.parametrize("place", ["inside", "whole", "in place"])
+def test_compiled(place):
+    tuned = module()
+    if place == "inside":
+        tuned.model = torch.compile(tuned.model, backend="eager")
+    elif place == "in place":
+        tuned.model.compile(backend="eager")
+    given = torch.compile(tuned, backend="eager") if place == "whole" else tuned
+    masked, pruning = MaskedFinetuning(), sparse()
+    trainer(max_steps=3).fit(given, datamodule=data(), callbacks=[pruning, masked])
+    plain, expected = module(), sparse()
+    trainer(max_steps=3).fit(plain, datamodule=data(), callbacks=[expected, MaskedFinetuning()])
+    same_masks(pruning.result.masks, expected.result.masks)
+    original = getattr(tuned.model, "_orig_mod", tuned.model)
+    assert revived(original, masked.masks) == 0
+    for name, value in plain.prunable_model.named_parameters():
+        torch.testing.assert_close(original.get_parameter(name), value)
+
+
+def test_fast_dev_run_takes_one_calibration_batch():
+    pruning, masked = sparse(), MaskedFinetuning()
+    trainer(fast_dev_run=True).fit(module(), datamodule=data(), callbacks=[pruning, masked])
+    assert {layer.tokens for layer in pruning.result.layers} == {16}
+
+
+def test_a_fit_that_fails_lets_go():
+    class Fails(Tuned):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("no")
+
+    tuned, masked = Fails(build("llama").train()), MaskedFinetuning()
+    fitted = trainer(max_steps=1)
+    with pytest.raises(RuntimeError, match="no"):
+        fitted.fit(tuned, datamodule=data(), callbacks=[sparse(), masked])
+    assert not masked._pruned
+    assert not any(o._optimizer_step_post_hooks for o in fitted.optimizers)
+
+
+# several processes
+
+STRATEGIES = {"ddp": "ddp", "fsdp": (2, 1), "tensor": (1, 2)}
+
+
+def train_in_group(rank: int, size: int, folder: Path, name: str) -> None:
+    def strategy() -> Any:
+        sizes = STRATEGIES[name]
+        return sizes if isinstance(sizes, str) else ModelParallelStrategy(*sizes)
+
+    def run(epochs: int, place: str, resume: Path | None = None) -> None:
+        torch.manual_seed(0)
+        tuned = Tuned(str(folder / "dense"))
+        watch, masked, pruning = Watch(), MaskedFinetuning(), sparse()
+        saved = ModelCheckpoint(folder / name / place, filename="{epoch}", save_top_k=-1)
+        fitted = trainer(max_epochs=epochs, strategy=strategy(), devices=size)
+        fitted.fit(
+            tuned, datamodule=data(), ckpt_path=resume, callbacks=[pruning, masked, watch, saved]
+        )
+        assert watch.revived == 0
+        assert len(masked.masks) == 14
+        weights = {n: Layer(n, tuned.prunable_model.get_submodule(n)).read() for n in masked.masks}
+        out = {"weights": weights, "losses": watch.losses, "masks": masked.masks}
+        torch.save(out, folder / f"{name}-{place}-{epochs}-{rank}.pt")
+
+    run(25 if name == "tensor" else 50, "whole")  # tensor parallel: each has all the batches
+    run(2, "half")
+    last = folder / name / "half" / "epoch=1.ckpt"
+    run(4, "half", resume=last)
+    run(4, "again")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_200_steps_on_two_processes(tmp_path, name):
+    build("llama").save_pretrained(tmp_path / "dense")
+    run_trainers(train_in_group, 2, tmp_path, name)
+    epochs = 25 if name == "tensor" else 50
+    for rank in (0, 1):
+        whole = torch.load(tmp_path / f"{name}-whole-{epochs}-{rank}.pt", weights_only=True)
+        assert len(whole["losses"]) == 200
+        assert sum(whole["losses"][-8:]) < 0.5 * sum(whole["losses"][:8])
+        for layer, mask in whole["masks"].items():
+            assert not whole["weights"][layer][~mask].any()
+        resumed = torch.load(tmp_path / f"{name}-half-4-{rank}.pt", weights_only=True)
+        again = torch.load(tmp_path / f"{name}-again-4-{rank}.pt", weights_only=True)
+        for layer, weight in again["weights"].items():
+            assert torch.equal(resumed["weights"][layer], weight), layer
