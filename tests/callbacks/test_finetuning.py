@@ -147,15 +147,16 @@ def test_any_optimizer(optimizer, options):
     watch, masked = Watch(), MaskedFinetuning()
     fitted = trainer(max_steps=6, **options)
     tuned = module(optimizer)
-    before = {n: p.detach().clone() for n, p in tuned.named_parameters()}
+    dtype = torch.bfloat16 if options.get("precision") == "bf16-true" else torch.float32
+    before = {n: p.detach().to(dtype, copy=True) for n, p in tuned.named_parameters()}
     fitted.fit(tuned, datamodule=data(), callbacks=[sparse(), masked, watch])
     assert watch.revived == 0
     assert remembered(fitted, tuned.prunable_model, masked.masks) == 0
-    for name, mask in masked.masks.items():  # kept weights do move
-        weight = tuned.prunable_model.get_submodule(name).weight
-        assert (weight != before[f"model.{name}.weight"].to(weight.dtype))[
-            mask
-        ].float().mean() > 0.3
+    moved = [  # as kept weights do
+        (tuned.prunable_model.get_submodule(name).weight != before[f"model.{name}.weight"])[mask]
+        for name, mask in masked.masks.items()
+    ]
+    assert torch.cat(moved).float().mean() > 0.5
 
 
 def test_the_norm_that_is_clipped_is_that_of_kept_weights():
