@@ -27,7 +27,14 @@ ALLOWED = {
     | {"typing_extensions"},
     "module": LIGHTNING | CORE | {f"{PACKAGE}.pretrained"},
     "datamodule": LIGHTNING | CORE | {f"{PACKAGE}.pretrained"},
-    "export": {"torch", "safetensors", "transformers", f"{PACKAGE}.files", *CORE},
+    "card": {"huggingface_hub"},
+    "export": {
+        "torch",
+        "safetensors",
+        "transformers",
+        *(f"{PACKAGE}.{room}" for room in ("card", "files", "masks")),
+        *CORE,
+    },
     "streaming": {
         "accelerate",
         "huggingface_hub",
@@ -36,9 +43,12 @@ ALLOWED = {
         "transformers",
         f"{PACKAGE}.export",
         f"{PACKAGE}.files",
+        f"{PACKAGE}.masks",
         *CORE,
     },
     "trainer": LIGHTNING | {PACKAGE},
+    "apply": {f"{PACKAGE}.{room}" for room in ("export", "masks", "pretrained")},
+    "verify": LIGHTNING | {PACKAGE, "safetensors"},
     "cli": LIGHTNING | {PACKAGE, "jsonargparse"},
     "__init__": {PACKAGE},
 }

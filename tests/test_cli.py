@@ -138,3 +138,86 @@ def test_streaming_needs_somewhere_to_write(model, monkeypatch):
     recipe = next(path for path in RECIPES if path.stem == "wanda")
     with pytest.raises(SystemExit, match="stream needs an output folder"):
         symprune(monkeypatch, "prune", "--config", recipe, *small(model), "--stream", "true")
+
+
+def test_verify_and_apply(model, monkeypatch, capsys):
+    recipe = next(p for p in RECIPES if p.stem == "wanda")
+    symprune(monkeypatch, "prune", "--config", recipe, *small(model), "--output", model / "out")
+    capsys.readouterr()
+    symprune(monkeypatch, "verify", model / "out")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok"] * 7
+    again = ["--model", model / "model", "--masks", model / "out", "--output", model / "again"]
+    symprune(monkeypatch, "apply", *again)
+    symprune(monkeypatch, "verify", model / "again", "--perplexity", "false")
+    for folder in ("out", "again"):
+        data = (model / folder / "model.safetensors").read_bytes()
+        assert data == (model / "out" / "model.safetensors").read_bytes()
+    manifest = json.loads((model / "again" / "sparsity_manifest.json").read_text())
+    assert manifest["settings"] == {"masks": str(model / "out")}
+
+
+def test_verify_and_apply_say_what_is_wrong(model, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="symprune: .*is not what it says: manifest"):
+        symprune(monkeypatch, "verify", model / "model")
+    assert "FAILED  manifest: no sparsity_manifest.json in" in capsys.readouterr().out
+    wanted = ["--masks", model / "nowhere", "--output", model / "out"]
+    with pytest.raises(SystemExit, match="symprune: no masks at"):
+        symprune(monkeypatch, "apply", "--model", model / "model", *wanted)
+
+
+DYING = """
+import os, signal, sys
+calls = int(sys.argv.pop(1))
+flush = os.fsync
+def dying(descriptor):
+    global calls
+    calls -= 1
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(descriptor)
+os.fsync = dying
+from symprune_lightning.cli import main
+sys.argv[0] = "symprune"
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_killed_and_started_again_by_the_same_command(model, stream):
+    recipe = next(p for p in RECIPES if p.stem == "ria-r2dsnot")
+
+    def run(output, calls):
+        command = [sys.executable, "-c", DYING, str(calls), "prune", "--config", str(recipe)]
+        command += [*small(model), "--stream", stream, "--output", str(model / output)]
+        return subprocess.run(command, check=False, capture_output=True, text=True)
+
+    assert run("whole", 0).returncode == 0
+    # in the journal's head, in the first block, in the second, in the checkpoint
+    for calls in (1, 4, 6, 9):
+        killed = run("killed", calls)
+        assert killed.returncode == -9, killed.stderr
+        assert not (model / "killed").exists()
+    other = run("killed", 0) if stream == "false" else None
+    assert other is None or other.returncode == 0, other.stderr
+    assert run("killed", 0).returncode == 0
+    for file in (model / "whole").rglob("*.safetensors"):
+        assert (
+            file.read_bytes() == (model / "killed" / file.relative_to(model / "whole")).read_bytes()
+        )
+    assert not [path.name for path in model.iterdir() if path.name.startswith(".")]
+
+
+def test_another_method_does_not_go_on_with_what_was_killed(model, monkeypatch):
+    recipe = next(p for p in RECIPES if p.stem == "wanda")
+    arguments = ["prune", "--config", recipe, *small(model), "--output", model / "out"]
+    monkeypatch.setattr("symprune_lightning.trainer.save_checkpoint", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        symprune(monkeypatch, *arguments)
+    override = "--trainer.callbacks.init_args.sparsity=0.25"
+    with pytest.raises(SystemExit, match=r"symprune: .*\.out\.journal is the journal of another"):
+        symprune(monkeypatch, *arguments, override)
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt

@@ -19,7 +19,7 @@ def left_over(folder: Path) -> list[str]:
 
 def test_an_earlier_checkpoint_of_ours_is_replaced(tmp_path):
     for turn in (1, 2):
-        save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": turn})
+        save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": turn}, {})
         assert json.loads((tmp_path / "out" / MANIFEST).read_text()) == {"turn": turn}
     assert not left_over(tmp_path)
 
@@ -27,20 +27,20 @@ def test_an_earlier_checkpoint_of_ours_is_replaced(tmp_path):
 def test_files_of_others_are_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(FileExistsError, match=rf"no {MANIFEST} says"):
-        save_checkpoint(tmp_path, build("llama"), None, {})
+        save_checkpoint(tmp_path, build("llama"), None, {}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_an_error_while_writing_leaves_the_earlier_checkpoint(tmp_path):
-    save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": 1})
+    save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": 1}, {})
     with pytest.raises(TypeError):
-        save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": object()})
+        save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": object()}, {})
     assert json.loads((tmp_path / "out" / MANIFEST).read_text()) == {"turn": 1}
     assert not left_over(tmp_path)
 
 
 def test_missing_folders_are_made_and_the_mode_is_usual(tmp_path):
-    path = save_checkpoint(tmp_path / "a" / "b", build("llama"), None, {})
+    path = save_checkpoint(tmp_path / "a" / "b", build("llama"), None, {}, {})
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
 
 
@@ -81,16 +81,37 @@ def test_mount_points_are_refused_at_once():
 
 
 def test_earlier_checkpoint_is_back_if_the_new_one_cannot_take_its_name(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": 1})
+    save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": 1}, {})
     rename = Path.rename
 
     def failing(self, target):
-        if self.name.startswith(".out-") and Path(target).name == "out":
+        if self.name == ".out.partial" and Path(target).name == "out":
             raise OSError("no room for a name")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="no room"):
-        save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": 2})
+        save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": 2}, {})
     assert json.loads((tmp_path / "out" / MANIFEST).read_text()) == {"turn": 1}
+    assert not left_over(tmp_path)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
+    """The limit on file sizes makes writing fail as a full disk does."""
+    save_checkpoint(tmp_path / "out", build("llama"), None, {"turn": 1}, {})
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.*")}
+    code = (
+        "import resource, signal\n"
+        "from symprune_lightning.export import save_checkpoint\n"
+        "from tests.models import build\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))\n"
+        f"save_checkpoint({str(tmp_path / 'out')!r}, build('llama'), None, {{'turn': 2}}, {{}})\n"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"OSError: cannot write the checkpoint {tmp_path / 'out'}: ")
+    assert last.endswith("Nothing there has changed")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.*")} == before
     assert not left_over(tmp_path)

@@ -15,6 +15,7 @@ from symprune_lightning.engine.method import PruningWarning
 from symprune_lightning.engine.parallel import RankError, Ranks
 from symprune_lightning.engine.prune import prune_model
 from symprune_lightning.engine.result import LayerReport, PruneResult, PruningError
+from symprune_lightning.export import export_model
 from symprune_lightning.functional.allocation import (
     OWL,
     Allocation,
@@ -39,7 +40,7 @@ from symprune_lightning.functional.scores import (
 )
 from symprune_lightning.functional.statistics import Moments, Statistics
 from symprune_lightning.functional.update import OBSUpdate, SparseGPT, WeightUpdate
-from symprune_lightning.masks import load_masks, masks_of_zeros, save_masks
+from symprune_lightning.masks import apply_masks, load_masks, masks_of_zeros, save_masks
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.streaming import StreamedCheckpoint
 from symprune_lightning.trainer import Trainer
@@ -89,6 +90,8 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "WeightUpdate",
+    "apply_masks",
+    "export_model",
     "load_masks",
     "masks_of_zeros",
     "prune_model",

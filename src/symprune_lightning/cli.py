@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from symprune_lightning.apply import apply
 from symprune_lightning.callbacks import PruningCallback
 from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.parallel import RankError
 from symprune_lightning.engine.result import PruningError
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
+from symprune_lightning.verify import VerificationError, report
 
 
 class PlainPathParser(LightningArgumentParser):
@@ -67,14 +70,20 @@ def _summary(callbacks: list[Any], output: str | None) -> str:
 
 def main() -> None:
     """Entry point of ``symprune``."""
+    command, rest = sys.argv[1:2], sys.argv[2:]
     try:
-        PruningCLI(
-            CausalLMModule,
-            CalibrationDataModule,
-            trainer_class=Trainer,
-            parser_class=PlainPathParser,
-            save_config_callback=None,
-            seed_everything_default=0,
-        )
-    except (ValueError, OSError, PruningError, RankError) as error:
+        if command == ["verify"]:
+            auto_cli(report, args=rest, prog="symprune verify")
+        elif command == ["apply"]:
+            auto_cli(apply, args=rest, prog="symprune apply", as_positional=False)
+        else:
+            PruningCLI(
+                CausalLMModule,
+                CalibrationDataModule,
+                trainer_class=Trainer,
+                parser_class=PlainPathParser,
+                save_config_callback=None,
+                seed_everything_default=0,
+            )
+    except (ValueError, OSError, PruningError, RankError, VerificationError) as error:
         sys.exit(f"symprune: {error}")

@@ -283,4 +283,6 @@ def _described(source: Texts | None) -> Any:
         return asdict(source)
     if isinstance(source, PathLike):
         return os.fspath(source)
-    return source if source is None or isinstance(source, str) else type(source).__name__
+    if source is None or isinstance(source, str):
+        return source
+    return {"iterable": type(source).__name__}

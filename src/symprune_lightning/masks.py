@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -37,18 +37,14 @@ def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> None:
         >>> load_masks(path)
         {'0': tensor([[ True, False]])}
     """
-    bits = {name: pack(mask).cpu() for name, mask in masks.items()}
-    save_packed(path, bits, {name: mask.shape[1] for name, mask in masks.items()})
-
-
-def save_packed(path: str | Path, bits: Mapping[str, Tensor], columns: Mapping[str, int]) -> None:
-    """The same for masks that are packed already."""
     path = Path(path)
-    metadata = {"format": "pt", "columns": json.dumps(dict(columns))}
+    bits = {name: pack(mask).cpu() for name, mask in masks.items()}
+    columns = {name: mask.shape[1] for name, mask in masks.items()}
+    metadata = {"format": "pt", "columns": json.dumps(columns)}
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with whole_file(path) as partial:
-            save_file(dict(bits), partial, metadata=metadata)
+            save_file(bits, partial, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -66,17 +62,25 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: There is none.
         ValueError: It holds no masks, or can't be read.
     """
+    return dict(stored_masks(path))
+
+
+def stored_masks(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The same one by one, for models whose masks are large together."""
     path = Path(path).expanduser()
-    if path.is_dir():
-        path = path / FOLDER / FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"no masks at {path}: give a {FILE}, or a folder that has one")
-    try:
-        with safe_open(path, framework="pt") as file:
-            columns = json.loads((file.metadata() or {})["columns"])
-            return {name: unpack(file.get_tensor(name), columns[name]) for name in columns}
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} holds no masks that can be read: {error}") from error
+    files = sorted((path / FOLDER).glob("masks*.safetensors")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(
+            f"no masks at {path}: give a {FILE}, or the folder of a checkpoint written with masks"
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                columns = json.loads((opened.metadata() or {})["columns"])
+                for name in columns:
+                    yield name, unpack(opened.get_tensor(name), columns[name])
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{file} holds no masks that can be read: {error}") from error
 
 
 def masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:
@@ -93,6 +97,20 @@ def masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:
     """
     masks = {layer.name: layer.read() != 0 for layer in prunable_layers(model)}
     return {name: m for name, m in masks.items() if m.any() and not m.all()}
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Zero the weights that masks say are pruned.
+
+    Args:
+        model: The model that they were made for, dense or not.
+        masks: Layer name to bool mask ``(out_features, in_features)``, True = kept.
+
+    Raises:
+        ValueError: They are another model's; nothing has changed.
+    """
+    for layer in layers_of(model, masks):
+        layer.apply_(masks[layer.name].to(layer.parameter.device))
 
 
 def layers_of(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Layer]:

@@ -21,13 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from symprune_lightning.engine.layers import (
     LM_HEAD,
+    Layer,
     decoder_blocks,
     prunable_layers,
     spared_modules,
 )
 from symprune_lightning.engine.residence import Residence
-from symprune_lightning.export import check_destination, write_manifest
+from symprune_lightning.export import check_destination, write_description
 from symprune_lightning.files import whole_folder
+from symprune_lightning.masks import FOLDER, save_masks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -146,7 +148,9 @@ class StreamedCheckpoint(Residence):
         """Write a block, and let it go."""
         name = self._names[block]
         state = {f"{name}.{key}": value for key, value in block.state_dict().items()}
-        self._write(self.blocks.index(block) + 1, state)
+        number = self.blocks.index(block) + 1
+        self._write(number, state)
+        self._write_masks(number, block.modules())
         for module in block.modules():
             _let_go(module)
 
@@ -157,6 +161,7 @@ class StreamedCheckpoint(Residence):
         pruned = [f"{self._names[m]}.weight" for m in self._outside if m in self._pruned]
         number = len(self.blocks) + 1
         self._write(number, {name: self.model.get_parameter(name) for name in pruned})
+        self._write_masks(number, self._outside)
         for module in self._outside:
             _let_go(module)
         # one at a time: these are the largest tensors there are
@@ -176,7 +181,7 @@ class StreamedCheckpoint(Residence):
             "weight_map": dict(sorted(self._written.items())),
         }
         (self._partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        write_manifest(self._partial, manifest)
+        write_description(self._partial, manifest)
         self._finished = True
 
     def _load(self, module: nn.Module, name: str, *, recurse: bool) -> None:
@@ -212,6 +217,14 @@ class StreamedCheckpoint(Residence):
             file = f"model-{number:05}.safetensors"
             save_file(tensors, self._partial / file, metadata={"format": "pt"})
             self._written |= dict.fromkeys(tensors, file)
+
+    def _write_masks(self, number: int, modules: Iterable[nn.Module]) -> None:
+        """Write where the zeros of pruned layers are; those that were zero before are pruned."""
+        layers = [Layer(self._names[m], m) for m in modules if m in self._pruned]
+        if layers:
+            masks = {layer.name: layer.read() != 0 for layer in layers}
+            pruned = {name: mask for name, mask in masks.items() if not mask.all()}
+            save_masks(self._partial / FOLDER / f"masks-{number:05}.safetensors", pruned)
 
     def _check_names(self) -> None:
         for block in self.blocks:

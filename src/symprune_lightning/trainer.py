@@ -273,7 +273,7 @@ class Trainer(pl.Trainer):
         tokenizer = None if ours is None else ours.tokenizer
         state = whole_state(model)
         if self.is_global_zero:
-            save_checkpoint(output, model, tokenizer, manifest, state)
+            save_checkpoint(output, model, tokenizer, manifest, result.masks, state)
 
     @staticmethod
     def _manifest(

@@ -1,0 +1,70 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from symprune_lightning.files import whole_file, whole_folder
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_an_error_leaves_what_was_there(tmp_path, whole):
+    path = tmp_path / "it"
+    for text in ("old", "new"):
+        try:
+            with whole(path) as partial:
+                (partial if whole is whole_file else partial / "a").write_text(text)
+                if text == "new":
+                    raise RuntimeError
+        except RuntimeError:
+            pass
+    assert (path if whole is whole_file else path / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["it"]
+
+
+VICTIM = """
+import os, signal, sys
+from pathlib import Path
+from symprune_lightning.files import whole_folder
+calls = int(sys.argv[2])
+def dying(function):
+    def call(*args, **options):
+        global calls
+        calls -= 1
+        if calls == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+    return call
+os.fsync = dying(os.fsync)
+Path.rename = dying(Path.rename)
+with whole_folder(Path(sys.argv[1])) as partial:
+    (partial / "deep").mkdir()
+    for name in ("a", "deep/b"):
+        (partial / name).write_text(sys.argv[3])
+"""
+
+
+def test_killed_at_any_moment_there_is_one_or_the_other(tmp_path):
+    """SIGKILL at every flush and every rename: four flushes, two renames, one flush."""
+    seen = set()
+    for calls in range(1, 9):
+        folder = tmp_path / str(calls) / "it"
+        folder.parent.mkdir()
+        with whole_folder(folder) as partial:
+            (partial / "a").write_text("old")
+        command = [sys.executable, "-c", VICTIM, str(folder), str(calls), "new"]
+        killed = subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert killed == (calls < 8)
+        # the next run puts in order what this one has left, also if it writes nothing
+        with pytest.raises(RuntimeError), whole_folder(folder):
+            raise RuntimeError
+        text = (folder / "a").read_text()
+        assert (folder / "deep" / "b").is_file() == (text == "new")
+        assert os.listdir(folder.parent) == ["it"]
+        seen.add(text)
+    assert seen == {"old", "new"}
