@@ -47,6 +47,7 @@ ALLOWED = {
         *CORE,
     },
     "trainer": LIGHTNING | {PACKAGE},
+    "adapters": {"torch", *CORE},
     "apply": {f"{PACKAGE}.{room}" for room in ("export", "masks", "pretrained")},
     "verify": LIGHTNING | {PACKAGE, "safetensors"},
     "cli": LIGHTNING | {PACKAGE, "jsonargparse"},

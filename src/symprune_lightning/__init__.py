@@ -8,6 +8,7 @@ Example:
     0.5
 """
 
+from symprune_lightning.adapters import merge_adapters
 from symprune_lightning.callbacks import Gradual, MaskedFinetuning, PruningCallback, SymPrune
 from symprune_lightning.datamodule import CalibrationDataModule, TextSource
 from symprune_lightning.engine.journal import JournalError
@@ -94,6 +95,7 @@ __all__ = [
     "export_model",
     "load_masks",
     "masks_of_zeros",
+    "merge_adapters",
     "prune_model",
     "save_masks",
 ]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.card import model_card, source_folder
+from symprune_lightning.engine.parallel import Ranks, whole_state
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.files import whole_folder
 from symprune_lightning.masks import FILE, FOLDER, masks_of_zeros, save_masks
@@ -119,10 +120,11 @@ def export_model(
 ) -> Path:
     """Write any model that has zeros, such as one that was fine-tuned after pruning.
 
-    Masks and sparsity are those of its zeros.
+    Masks and sparsity are those of its zeros. With several processes all must call this, and the
+    first writes.
 
     Args:
-        model: The model; all weights in this process.
+        model: The model, sharded or not.
         output: The folder, see ``save_checkpoint``.
         tokenizer: Saved along, if there is one.
         settings: How it came about, in plain values, for the manifest and the model card.
@@ -163,7 +165,11 @@ def export_model(
         ],
         "versions": _versions(),
     }
-    return save_checkpoint(output, model, tokenizer, manifest, masks)
+    state, ranks = whole_state(model), Ranks.all()
+    if ranks.rank == 0:
+        save_checkpoint(output, model, tokenizer, manifest, masks, state)
+    ranks.least(0)  # wait for it
+    return Path(output).expanduser().absolute()
 
 
 def write_description(folder: Path, manifest: Mapping[str, Any]) -> None:
