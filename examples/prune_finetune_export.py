@@ -2,8 +2,8 @@
 
     python examples/prune_finetune_export.py MODEL OUTPUT [--steps 30] [--strategy ddp --devices 2]
 
-MODEL is a hub name, a folder, or a .gguf file. With --strategy fsdp2 the model is sharded. Texts are
-the standard library's manual; pass data of your own to CalibrationDataModule.
+MODEL is a hub name, a folder, or a .gguf file. With --strategy fsdp2 the model is sharded. Texts
+are the standard library's manual; pass data of your own to CalibrationDataModule.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from symprune_lightning import (
 
 
 def main() -> None:
+    """Prune, fine-tune, export."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("output")

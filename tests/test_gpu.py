@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.sparse import to_sparse_semi_structured
 from transformers import AutoModelForCausalLM
 
 from symprune_lightning import (
     CalibrationDataModule,
     CausalLMModule,
+    MaskedFinetuning,
     StreamedCheckpoint,
     SymPrune,
     Trainer,
@@ -62,3 +64,39 @@ def test_streaming_through_a_gpu(tmp_path):
         checkpoint.finish({})
     layers = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").model.layers
     assert (layers[1].mlp.up_proj.weight == 0).float().mean() == result.sparsity
+
+
+def test_masked_finetuning_with_a_gradient_scaler():
+    masked = MaskedFinetuning()
+    data = CalibrationDataModule(
+        [[3 + (i + j) % 60 for j in range(16)] for i in range(16)],
+        sequences=4,
+        evaluation_sequences=4,
+        training_sequences=8,
+        sequence_length=16,
+    )
+    module = CausalLMModule(build("llama").train(), learning_rate=1e-2)
+    Trainer(
+        accelerator="gpu",
+        devices=1,
+        precision="16-mixed",
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    ).fit(module, datamodule=data, callbacks=[SymPrune(when="fit_start"), masked])
+    assert len(masked.masks) == 14
+    for name, mask in masked.masks.items():
+        weight = module.prunable_model.get_submodule(name).weight.cpu()
+        assert not weight[~mask].any(), name
+
+
+def test_two_of_four_weights_are_taken_by_sparse_tensor_cores():
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs Ampere or later")
+    layer = torch.nn.Linear(256, 256, bias=False).half().cuda()
+    x = torch.randn(64, 256, dtype=torch.float16, device="cuda")
+    prune_model(torch.nn.Sequential(layer), [x], pattern="2:4")
+    expected = layer(x)
+    layer.weight = torch.nn.Parameter(to_sparse_semi_structured(layer.weight))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-2, atol=1e-2)

@@ -1,0 +1,69 @@
+"""The examples run as their first lines say."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from symprune_lightning.verify import verify
+from tests.models import build
+from tests.texts import texts, tokenizer
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build("llama").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.txt").write_text("\n".join(texts()))
+    return tmp_path
+
+
+def test_own_project(folder):
+    project = example("own_project").main(str(folder / "model"), str(folder / "texts.txt"))
+    dense = AutoModelForCausalLM.from_pretrained(folder / "model")
+    weights = [
+        (p, dense.get_parameter(n)) for n, p in project.model.named_parameters() if "proj" in n
+    ]
+    assert len(weights) == 14
+    for weight, before in weights:
+        assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
+        assert not torch.equal(weight[weight != 0], before[weight != 0])
+
+
+def test_cli_project(monkeypatch):
+    cli = example("cli_project").main(["fit", "--config", str(EXAMPLES / "cli_project.yaml")])
+    for layer in (cli.model.net[0], cli.model.net[2]):
+        wanted = int(layer.in_features * 0.8)
+        assert ((layer.weight == 0).sum(1) == wanted).all()
+    points, classes = next(iter(cli.datamodule.train_dataloader()))
+    assert (cli.model(points).argmax(1) == classes).float().mean() > 0.9
+
+
+def test_prune_finetune_export(folder, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["x", str(folder / "model"), str(folder / "out"), "--steps", "3", "--length", "32"],
+    )
+    module = example("prune_finetune_export")
+    module.main()
+    assert capsys.readouterr().out.strip().endswith("every pruned weight still zero: True")
+    assert all(check.passed for check in verify(str(folder / "out"), perplexity=False))
