@@ -47,6 +47,10 @@ ALLOWED = {
         *CORE,
     },
     "trainer": LIGHTNING | {PACKAGE},
+    "report": LIGHTNING
+    | CORE
+    | {"matplotlib", "jinja2"}
+    | {f"{PACKAGE}.{room}" for room in ("callbacks", "export", "files", "report")},
     "adapters": {"torch", *CORE},
     "apply": {f"{PACKAGE}.{room}" for room in ("export", "masks", "pretrained")},
     "verify": LIGHTNING | {PACKAGE, "safetensors"},

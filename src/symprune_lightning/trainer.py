@@ -20,6 +20,7 @@ from symprune_lightning.callbacks import (
     RunOptions,
     layer_progress,
     pruning_target,
+    score_watcher,
 )
 from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.layers import LM_HEAD
@@ -193,7 +194,8 @@ class Trainer(pl.Trainer):
                 is needed to stream is missing.
             OSError: The folder can't be written to; said before anything is run.
         """
-        callback = _only_pruning([*self.callbacks, *_listed(callbacks)])
+        together = [*self.callbacks, *_listed(callbacks)]
+        callback = _only_pruning(together)
         if output is not None:
             check_destination(output)
             if not isinstance(model, CausalLMModule):
@@ -208,7 +210,7 @@ class Trainer(pl.Trainer):
             if result is None or not callback.has_pruned(model):
                 raise ValueError("nothing was pruned: are there validation batches?")
             if output is not None:
-                self._save(output, model, datamodule, callback, result)
+                self._save(output, model, datamodule, callback, result, together)
             self.strategy.barrier()
         return result
 
@@ -253,7 +255,13 @@ class Trainer(pl.Trainer):
             for batch in datamodule.calibration_dataloader()
         )
         with checkpoint, layer_progress(self) as progress:
-            run = RunOptions(forward=None, ranks=ALONE, journal=callback.journal, progress=progress)
+            run = RunOptions(
+                forward=None,
+                ranks=ALONE,
+                journal=callback.journal,
+                on_scores=score_watcher(self),
+                progress=progress,
+            )
             result = callback.prune(checkpoint, batches, 1.0, **run)
             callback.result = result
             checkpoint.finish(self._manifest(module, datamodule, callback, result))
@@ -266,6 +274,7 @@ class Trainer(pl.Trainer):
         datamodule: LightningDataModule | None,
         callback: PruningCallback,
         result: PruneResult,
+        callbacks: Sequence[Callback],
     ) -> None:
         model = _transformers_model(module)
         manifest = self._manifest(module, datamodule, callback, result)
@@ -273,7 +282,9 @@ class Trainer(pl.Trainer):
         tokenizer = None if ours is None else ours.tokenizer
         state = whole_state(model)
         if self.is_global_zero:
-            save_checkpoint(output, model, tokenizer, manifest, result.masks, state)
+            path = save_checkpoint(output, model, tokenizer, manifest, result.masks, state)
+            for writer in (c for c in callbacks if hasattr(c, "write_report")):
+                writer.write_report(path, manifest)
 
     @staticmethod
     def _manifest(

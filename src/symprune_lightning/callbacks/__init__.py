@@ -9,6 +9,7 @@ from symprune_lightning.callbacks.pruning import (
     When,
     layer_progress,
     pruning_target,
+    score_watcher,
 )
 from symprune_lightning.callbacks.symprune import SymPrune
 
@@ -22,4 +23,5 @@ __all__ = [
     "When",
     "layer_progress",
     "pruning_target",
+    "score_watcher",
 ]

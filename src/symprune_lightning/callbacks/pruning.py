@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from symprune_lightning.callbacks.gradual import Gradual
@@ -28,7 +28,7 @@ from symprune_lightning.display import layer_bar, summary
 from symprune_lightning.engine.parallel import ALONE, Ranks
 from symprune_lightning.engine.prune import call_model
 from symprune_lightning.engine.residence import Residence
-from symprune_lightning.engine.result import Progress, PruneResult
+from symprune_lightning.engine.result import OnScores, Progress, PruneResult
 from symprune_lightning.engine.schedule import Forward
 
 if TYPE_CHECKING:
@@ -48,12 +48,14 @@ class RunOptions(TypedDict):
         forward: How a batch is given to the model.
         ranks: The Trainer's processes.
         journal: Where finished blocks are kept.
+        on_scores: To be called with every layer's scores.
         progress: To be called after every layer.
     """
 
     forward: Forward | None
     ranks: Ranks
     journal: str | PathLike[str] | None
+    on_scores: OnScores | None
     progress: Progress
 
 
@@ -241,6 +243,7 @@ class PruningCallback(Callback, ABC):
                 forward=_forward(trainer, getattr(module, "calibration_step", None)),
                 ranks=ranks,
                 journal=self.journal,
+                on_scores=score_watcher(trainer),
                 progress=progress,
             )
         self._pruned = weakref.ref(module)
@@ -299,6 +302,20 @@ def refuse_strategies(callback: Callback, trainer: Trainer) -> None:
             f"which flattens or partitions weights out of sight: use strategy='ddp', or "
             f"ModelParallelStrategy (FSDP2 and tensor parallel)"
         )
+
+
+def score_watcher(trainer: Trainer) -> OnScores | None:
+    """What is called with every layer's scores: the ``on_scores`` of callbacks that have one."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    watching: list[OnScores] = [c.on_scores for c in callbacks if hasattr(c, "on_scores")]
+    if not watching:
+        return None
+
+    def tell(name: str, scores: Tensor, mask: Tensor) -> None:
+        for watch in watching:
+            watch(name, scores, mask)
+
+    return tell
 
 
 def _ranks(trainer: Trainer) -> Ranks:

@@ -20,7 +20,7 @@ from symprune_lightning.engine.method import (
 )
 from symprune_lightning.engine.parallel import ALONE, Ranks, residence_of
 from symprune_lightning.engine.residence import Residence
-from symprune_lightning.engine.result import Progress, PruneResult, Trial
+from symprune_lightning.engine.result import OnScores, Progress, PruneResult, Trial
 from symprune_lightning.engine.run import Run
 from symprune_lightning.engine.schedule import (
     Forward,
@@ -52,6 +52,7 @@ def prune_model(
     ranks: Ranks = ALONE,
     offload: str | PathLike[str] | None = None,
     journal: str | PathLike[str] | None = None,
+    on_scores: OnScores | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
     """Prune a model in place, in one pass over the calibration batches.
@@ -92,6 +93,7 @@ def prune_model(
             Batches inside a block stay there, with schedule block one at a time.
         journal: Folder to keep every finished block in, so that a run that was killed goes on when
             it is started again, with the same masks bit for bit. Delete it afterwards.
+        on_scores: Called with every layer's name, scores and mask before refining, to look at them.
         progress: Called after every layer.
 
     Returns:
@@ -154,7 +156,7 @@ def prune_model(
             method, trials = division.divided(chosen, sparsity, book)
         if offload is not None and residence is None:
             residence = Residence(model, list(decoder_blocks(model, layers)))
-        run = Run(layers, method, ranks, residence, offload, book, progress)
+        run = Run(layers, method, ranks, residence, offload, book, on_scores, progress)
         run.result.trials.extend(trials)
         with run.saying_what_is_done():
             run.run(model, batches, forward, schedule)

@@ -95,5 +95,11 @@ class PruneResult:
         return sum(map(round, zeros)) / sum(sizes)
 
 
+OnScores = Callable[[str, Tensor, Tensor], None]
+"""Called with a layer's name, its scores and its mask before refining.
+
+Of the rows that this process works on; scores are −∞ where a weight was zero before.
+"""
+
 Progress = Callable[[LayerReport, int, int], None]
 """Called after each layer with its report, how many layers are done, and how many there are."""

@@ -20,7 +20,13 @@ from symprune_lightning.engine.method import Method, PruningWarning, naming
 from symprune_lightning.engine.parallel import Ranks, is_sharded
 from symprune_lightning.engine.recorder import Recorder
 from symprune_lightning.engine.residence import Residence
-from symprune_lightning.engine.result import LayerReport, Progress, PruneResult, PruningError
+from symprune_lightning.engine.result import (
+    LayerReport,
+    OnScores,
+    Progress,
+    PruneResult,
+    PruningError,
+)
 from symprune_lightning.engine.schedule import Forward, Schedule, SuspendedForward
 from symprune_lightning.functional.statistics import Statistics
 
@@ -59,6 +65,7 @@ class Run:
         residence: Where the weights are, if they are not in memory all the time.
         offload: Where the hidden states of waiting batches are, if not beside the weights.
         journal: What an earlier run has finished, and where to keep what this one does.
+        on_scores: Called with the scores of every layer.
         progress: Called after every layer.
     """
 
@@ -70,6 +77,7 @@ class Run:
         residence: Residence | None = None,
         offload: str | os.PathLike[str] | None = None,
         journal: Journal | None = None,
+        on_scores: OnScores | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.layers = layers
@@ -78,6 +86,7 @@ class Run:
         self.residence = residence
         self.offload = offload
         self.journal = journal
+        self.on_scores = on_scores
         self.progress = progress
         self.result = PruneResult()
         # moments cost next to nothing, and tell activations that are not finite
@@ -208,6 +217,10 @@ class Run:
             orders = [method.order(*pair) for pair in zip(layers, scores, strict=True)]
             scores = [s if o is None else s[:, o] for s, o in zip(scores, orders, strict=True)]
             firsts = method.first_masks(layers, scores, rows)
+            if self.on_scores is not None:
+                for layer, score, first, part in zip(layers, scores, firsts, rows, strict=True):
+                    mine = score if len(score) == len(first) else score[part]
+                    self.on_scores(layer.name, mine, first)
         for i, layer in enumerate(layers):
             with naming(layer):
                 yield self._part(
