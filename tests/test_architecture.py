@@ -18,7 +18,7 @@ ALLOWED = {
     "functional": {"torch", "scipy", f"{PACKAGE}.functional"},
     "files": set(),
     "engine": {"torch", "greenlet", "safetensors", f"{PACKAGE}.files", *CORE},
-    "display": {"rich", *CORE},
+    "display": {"rich", "torch", *CORE},
     "pretrained": {"torch", "transformers"},
     "masks": {"torch", "safetensors", f"{PACKAGE}.files", *CORE},
     "callbacks": LIGHTNING
@@ -50,10 +50,12 @@ ALLOWED = {
     "report": LIGHTNING
     | CORE
     | {"matplotlib", "jinja2"}
-    | {f"{PACKAGE}.{room}" for room in ("callbacks", "export", "files", "report")},
+    | {f"{PACKAGE}.{room}" for room in ("callbacks", "display", "export", "files", "report")},
     "adapters": {"torch", *CORE},
     "apply": {f"{PACKAGE}.{room}" for room in ("export", "masks", "pretrained")},
     "verify": LIGHTNING | {PACKAGE, "safetensors"},
+    "recipes": LIGHTNING | {PACKAGE},
+    "compare": LIGHTNING | {PACKAGE, "matplotlib", "yaml"},
     "cli": LIGHTNING | {PACKAGE, "jsonargparse"},
     "__init__": {PACKAGE},
 }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -211,7 +212,7 @@ def test_another_method_does_not_go_on_with_what_was_killed(model, monkeypatch):
     recipe = next(p for p in RECIPES if p.stem == "wanda")
     arguments = ["prune", "--config", recipe, *small(model), "--output", model / "out"]
     monkeypatch.setattr("symprune_lightning.trainer.save_checkpoint", _interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
         symprune(monkeypatch, *arguments)
     override = "--trainer.callbacks.init_args.sparsity=0.25"
     with pytest.raises(SystemExit, match=r"symprune: .*\.out\.journal is the journal of another"):
@@ -220,3 +221,74 @@ def test_another_method_does_not_go_on_with_what_was_killed(model, monkeypatch):
 
 def _interrupted(*_):
     raise KeyboardInterrupt
+
+
+def test_help_is_short(monkeypatch, capsys):
+    for arguments in ([], ["--help"]):
+        symprune(monkeypatch, *arguments)
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) < 25
+        assert "symprune prune --config" in text
+
+
+def test_list_names_all_there_is(monkeypatch, capsys):
+    symprune(monkeypatch, "list")
+    text = capsys.readouterr().out
+    for name in ("SymWanda", "R2DSnoT", "SparseGPT", "OWL", "NM", "ria-exactswap.yaml"):
+        assert name in text
+    assert "`" not in text
+
+
+def test_json_is_all_that_is_said(model, capfd):
+    recipe = next(p for p in RECIPES if p.stem == "wanda")
+    command = [str(Path(sys.executable).parent / "symprune"), "prune", "--config", str(recipe)]
+    command += [*small(model), "--output", str(model / "out"), "--json"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    said = json.loads(run.stdout)
+    manifest = json.loads((model / "out" / "sparsity_manifest.json").read_text())
+    assert said["sparsity"] == manifest["sparsity"]
+    assert said["pruned"] == manifest["metrics"]["pruned"]
+    assert said["output"] == str(model / "out")
+    assert "Validation" not in run.stderr
+
+
+def test_a_line_for_each_block_where_nobody_looks_on(model, monkeypatch, capfd):
+    recipe = next(p for p in RECIPES if p.stem == "wanda")
+    symprune(monkeypatch, "prune", "--config", recipe, *small(model))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pruned ")]
+    assert [line.split()[1] for line in lines] == ["7", "14"]
+    assert "model.layers.0 " in lines[0]
+    assert "GiB" in lines[1]
+    symprune(monkeypatch, "prune", "--config", recipe, *small(model), "--quiet")
+    captured = capfd.readouterr()
+    assert "pruned    7" not in captured.err
+    assert captured.out.startswith("sparsity: ")
+
+
+def test_interrupted_it_says_how_to_go_on(model):
+    recipe = next(p for p in RECIPES if p.stem == "ria-exactswap")
+    command = [str(Path(sys.executable).parent / "symprune"), "prune", "--config", str(recipe)]
+    command += [*small(model), "--output", str(model / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("pruned    7"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    if process.returncode == 0:
+        pytest.skip("it was done before it could be interrupted")
+    assert "symprune: interrupted; the same command goes on" in rest
+    assert "Traceback" not in rest
+    assert (model / ".out.journal").is_dir()
+    subprocess.run(command, check=True, capture_output=True)
+    assert not (model / ".out.journal").exists()
+
+
+def test_a_traceback_if_asked_for(model, monkeypatch):
+    recipe = next(p for p in RECIPES if p.stem == "wanda")
+    arguments = ["prune", "--config", recipe, *small(model), "--data.sequences=100000"]
+    with pytest.raises(SystemExit, match=r"symprune: the texts for calibration are too short"):
+        symprune(monkeypatch, *arguments)
+    monkeypatch.setenv("SYMPRUNE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="too short"):
+        symprune(monkeypatch, *arguments)

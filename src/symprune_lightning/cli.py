@@ -1,89 +1,132 @@
-"""The ``symprune`` command: LightningCLI with one more subcommand."""
+"""The ``symprune`` command."""
 
 from __future__ import annotations
 
+import argparse
+import inspect
+import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from jsonargparse import auto_cli
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.table import Table
 
+from symprune_lightning import recipes
 from symprune_lightning.apply import apply
-from symprune_lightning.callbacks import PruningCallback
-from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.compare import CompareError, compare
 from symprune_lightning.engine.parallel import RankError
 from symprune_lightning.engine.result import PruningError
-from symprune_lightning.module import CausalLMModule
-from symprune_lightning.trainer import Trainer
+from symprune_lightning.functional.allocation import Allocation
+from symprune_lightning.functional.patterns import Pattern
+from symprune_lightning.functional.refiners import MaskRefiner
+from symprune_lightning.functional.scores import Score
+from symprune_lightning.functional.update import WeightUpdate
 from symprune_lightning.verify import VerificationError, report
 
+HELP = """usage: symprune COMMAND ...
 
-class PlainPathParser(LightningArgumentParser):
-    """Leaves a value that is the path of a file alone; Lightning's would put its contents there.
+  prune     evaluate a model, prune it, evaluate it again, write the checkpoint
+  compare   several recipes on the same model and tokens
+  verify    prove that a checkpoint is what its manifest says
+  apply     put stored masks onto the dense model
+  list      scores, refiners, weight updates, allocations, patterns, recipes
+  validate, test, fit   as in LightningCLI, with pruning callbacks
 
-    Without this, ``dataset: my.txt`` and ``pretrained: model.gguf`` would be read as configuration.
-    ``model: part.yaml`` still is.
-    """
+examples:
+  symprune prune --config recipes/ria-exactswap.yaml --output pruned
+  symprune prune --config recipes/ria.yaml --model.pretrained ./my-model \\
+      --data.dataset my-texts.jsonl --trainer.callbacks.init_args.sparsity 0.6 --output pruned
+  symprune compare recipes/*.yaml --output runs/compare --data.sequences=16
+  symprune verify pruned
 
-    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
-        """As in jsonargparse, never with ``sub_configs``."""
-        return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
+`symprune COMMAND --help` shows the options of a command. SYMPRUNE_TRACEBACK=1 shows
+where an error came from.
+"""
 
-
-class PruningCLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` as in Lightning, and ``prune``."""
-
-    trainer: Trainer
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Subcommands and the arguments that are no options."""
-        skipped = {"model", "datamodule", "callbacks"}
-        return {
-            "prune": {*skipped, "dataloaders"},
-            "validate": {*skipped, "dataloaders"},
-            "test": {*skipped, "dataloaders"},
-            "fit": {*skipped, "train_dataloaders", "val_dataloaders"},
-        }
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data is tokenised for the model."""
-        parser.link_arguments("model.pretrained", "data.tokenizer")
-        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
-
-    def after_prune(self) -> None:
-        """Say what came of it."""
-        if self.trainer.is_global_zero:
-            print(_summary(self.trainer.callbacks, self._get(self.config, "output")))
-
-
-def _summary(callbacks: list[Any], output: str | None) -> str:
-    callback = next(c for c in callbacks if isinstance(c, PruningCallback))
-    assert callback.result is not None
-    lines = [f"sparsity: {callback.result.sparsity:.6f} over {len(callback.result.layers)} layers"]
-    for name, dense in callback.dense_metrics.items():
-        lines.append(f"{name}: dense {dense:.4f}, pruned {callback.sparse_metrics[name]:.4f}")
-    if output is not None:
-        lines.append(f"checkpoint: {output}")
-    return "\n".join(lines)
+MISTAKES = (
+    ValueError,
+    TypeError,
+    OSError,
+    PruningError,
+    RankError,
+    VerificationError,
+    CompareError,
+)
+"""What is told without a traceback."""
 
 
 def main() -> None:
     """Entry point of ``symprune``."""
     command, rest = sys.argv[1:2], sys.argv[2:]
     try:
-        if command == ["verify"]:
+        if command in ([], ["--help"], ["-h"]):
+            print(HELP, end="")
+        elif command == ["verify"]:
             auto_cli(report, args=rest, prog="symprune verify")
         elif command == ["apply"]:
             auto_cli(apply, args=rest, prog="symprune apply", as_positional=False)
+        elif command == ["compare"]:
+            _compare(rest)
+        elif command == ["list"]:
+            _list()
         else:
-            PruningCLI(
-                CausalLMModule,
-                CalibrationDataModule,
-                trainer_class=Trainer,
-                parser_class=PlainPathParser,
-                save_config_callback=None,
-                seed_everything_default=0,
-            )
-    except (ValueError, OSError, PruningError, RankError, VerificationError) as error:
+            recipes.run()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning makes one of the other
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        sys.exit("symprune: interrupted; the same command goes on from the last finished block")
+    except MISTAKES as error:
+        if os.environ.get("SYMPRUNE_TRACEBACK"):
+            raise
         sys.exit(f"symprune: {error}")
+
+
+def _compare(rest: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="symprune compare",
+        description="Prune one model by several recipes and evaluate each on the same tokens.",
+        epilog="Other options, such as --data.sequences=16 (with =), are given to every recipe.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipes", nargs="+", help="recipe files, or YAML files that list some")
+    parser.add_argument("--output", required=True, help="folder for results.csv, compare.png")
+    options, arguments = parser.parse_known_args(rest)
+    rows = compare(options.recipes, options.output, arguments, Console())
+    failed = [f"{row.recipe}: {row.error}" for row in rows if row.error is not None]
+    if failed:
+        raise CompareError("; ".join(["some recipes have failed", *failed]))
+
+
+def _list() -> None:
+    console = Console(emoji=False, markup=False)  # N:M: is no emoji
+    bases: dict[str, type] = {
+        "scores": Score,
+        "refiners": MaskRefiner,
+        "weight updates": WeightUpdate,
+        "allocations": Allocation,
+        "patterns": Pattern,
+    }
+    for title, base in bases.items():
+        shown = Table("name", "what it is", title=title, title_justify="left", show_header=False)
+        for method in _leaves(base):
+            shown.add_row(method.__name__, _first_line(method))
+        console.print(shown)
+    shown = Table("recipe", "what it is", title="recipes", title_justify="left", show_header=False)
+    for path in recipes.recipe_files():
+        first = path.read_text("utf-8").splitlines()[0]
+        shown.add_row(str(path), first.removeprefix("#").strip())
+    console.print(shown)
+
+
+def _leaves(base: type[Any]) -> Iterator[type[Any]]:
+    for subclass in base.__subclasses__():
+        if not inspect.isabstract(subclass):
+            yield subclass
+        yield from _leaves(subclass)
+
+
+def _first_line(method: type) -> str:
+    return (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " ").replace("`", "")

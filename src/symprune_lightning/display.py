@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import resource
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -32,14 +37,59 @@ def layer_bar(console: Console) -> Iterator[OnLayer]:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
+        TextColumn("{task.fields[memory]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("collecting inputs", total=None)
+        task = progress.add_task("collecting inputs", total=None, memory="")
 
         def on_layer(report: LayerReport, done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total, description=report.name)
+            progress.update(
+                task, completed=done, total=total, description=report.name, memory=peak_memory()
+            )
 
         yield on_layer
+
+
+def block_lines(console: Console) -> OnLayer:
+    """What to call after each layer to have a line for each decoder block, as logs want it."""
+    start = time.monotonic()
+    errors: list[float] = []
+    before: list[LayerReport] = []
+
+    def line(done: int, total: int) -> None:
+        taken = time.monotonic() - start
+        mean = f"error {sum(errors) / len(errors):.5f}  " if errors else ""
+        console.print(
+            f"pruned {done:>4} of {total} layers  {_block(before[-1].name):<24}{mean}"
+            f"{taken:.0f} s, {taken / done * (total - done):.0f} s left  {peak_memory()}",
+            highlight=False,
+        )
+        errors.clear()
+
+    def on_layer(report: LayerReport, done: int, total: int) -> None:
+        if before and _block(before[-1].name) != _block(report.name):
+            line(done - 1, total)
+        before.append(report)
+        if report.error_refined is not None:
+            errors.append(report.error_refined)
+        if done == total:
+            line(done, total)
+
+    return on_layer
+
+
+def peak_memory() -> str:
+    """The most memory that this process has had, on the GPU if there is one."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{kilobytes / (1024 if sys.platform == 'darwin' else 1) / 2**20:.2f} GiB"
+
+
+def _block(layer: str) -> str:
+    """The name up to the first number: ``model.layers.3`` of ``model.layers.3.mlp.up_proj``."""
+    found = re.match(r".*?\.\d+(?=\.|$)", layer)
+    return found.group() if found else layer
 
 
 def summary(

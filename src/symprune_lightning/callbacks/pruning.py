@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from symprune_lightning.callbacks.gradual import Gradual
-from symprune_lightning.display import layer_bar, summary
+from symprune_lightning.display import block_lines, layer_bar, summary
 from symprune_lightning.engine.parallel import ALONE, Ranks
 from symprune_lightning.engine.prune import call_model
 from symprune_lightning.engine.residence import Residence
@@ -90,6 +91,7 @@ class PruningCallback(Callback, ABC):
 
     Attributes:
         result: What was pruned, ``None`` before.
+        seconds: Time it took: calibration forward, scores, masks, refining.
         dense_metrics: Metrics of the dense model, empty without a baseline.
         sparse_metrics: Metrics of the pruned model, once it was evaluated.
 
@@ -117,6 +119,7 @@ class PruningCallback(Callback, ABC):
         self.calibration = calibration
         self.baseline = baseline
         self.result: PruneResult | None = None
+        self.seconds = 0.0
         self.dense_metrics: dict[str, float] = {}
         self.sparse_metrics: dict[str, float] = {}
         self._pruned: weakref.ref[LightningModule] | None = None
@@ -234,6 +237,7 @@ class PruningCallback(Callback, ABC):
         few = int(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if few:
             batches = islice(batches, few)
+        start = time.perf_counter()
         # hooks on layers are not called from compiled code
         with layer_progress(trainer) as progress, torch.compiler.set_stance("force_eager"):
             self.result = self.prune(
@@ -246,6 +250,7 @@ class PruningCallback(Callback, ABC):
                 on_scores=score_watcher(trainer),
                 progress=progress,
             )
+        self.seconds = time.perf_counter() - start
         self._pruned = weakref.ref(module)
         self.sparse_metrics = {}
 
@@ -373,9 +378,11 @@ def _watched(trainer: Trainer) -> bool:
 
 @contextmanager
 def layer_progress(trainer: Trainer) -> Iterator[Progress]:
-    """A bar of layers, where a person looks on."""
-    if not _watched(trainer):
+    """A bar of layers where a person looks on, else a line for each block; or nothing at all."""
+    if not trainer.is_global_zero or trainer.progress_bar_callback is None:
         yield lambda report, done, total: None
-        return
-    with layer_bar(Console()) as on_layer:
-        yield on_layer
+    elif _watched(trainer):
+        with layer_bar(Console()) as on_layer:
+            yield on_layer
+    else:
+        yield block_lines(Console(stderr=True, width=120))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from symprune_lightning.callbacks import PruningCallback, pruning_target
+from symprune_lightning.display import peak_memory
 from symprune_lightning.export import manifest_of
 from symprune_lightning.files import whole_file
 from symprune_lightning.report.pictures import Histogram, histogram, pictures, png
@@ -153,7 +152,7 @@ class Report(Callback):
             made=time.strftime("%Y-%m-%d %H:%M"),
             manifest=manifest,
             metrics=both,
-            facts=[("peak memory of the process", _peak_memory())],
+            facts=[("peak memory of the process", peak_memory())],
             sections=SECTIONS,
             images={name: base64.b64encode(data).decode() for name, data in images.items()},
             samples=[
@@ -243,11 +242,3 @@ def _manifest(trainer: Trainer, pruner: PruningCallback) -> dict[str, Any]:
         dense=pruner.dense_metrics,
         pruned={name: float(value) for name, value in trainer.callback_metrics.items()},
     )
-
-
-def _peak_memory() -> str:
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    size = kilobytes / (1024 if sys.platform == "darwin" else 1) / 2**20
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
-    return f"{size:.2f} GiB"
