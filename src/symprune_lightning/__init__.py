@@ -1,6 +1,6 @@
 """Post-training pruning of language models, as PyTorch Lightning callbacks.
 
-Example:
+Examples:
     >>> import torch
     >>> from symprune_lightning import prune_model
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))

@@ -73,7 +73,7 @@ class CalibrationDataModule(LightningDataModule):
         ValueError: A size is not positive, there are too few texts, or a tokenizer is missing.
         FileNotFoundError: ``dataset`` is a path, and nothing is there.
 
-    Example:
+    Examples:
         >>> data = CalibrationDataModule([[1, 2, 3], [4, 5, 6], [7, 8, 9]], sequences=1,
         ...                              sequence_length=2, evaluation_sequences=2, seed=0)
         >>> data.setup()

@@ -137,7 +137,7 @@ def export_model(
         ValueError: No layer has zeros.
         OSError: See ``save_checkpoint``.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from symprune_lightning import prune_model

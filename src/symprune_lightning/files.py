@@ -17,7 +17,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         The path to write to. If an exception is raised inside, it is deleted, and what was there
         before stays. A process that is killed leaves it behind, to be replaced by the next.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "a.txt"
         >>> with whole_file(path) as partial:

@@ -30,7 +30,7 @@ def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: It can't be written; an earlier file is left as it was.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> path = f"{tempfile.mkdtemp()}/masks.safetensors"
         >>> save_masks(path, {"0": torch.tensor([[True, False]])})

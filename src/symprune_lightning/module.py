@@ -31,7 +31,7 @@ class TokenPerplexity(Perplexity):
     infinite where a probability underflows. Here the logarithm of the softmax is taken in float32,
     in chunks of tokens, and totals are kept in float64.
 
-    Example:
+    Examples:
         >>> metric = TokenPerplexity(ignore_index=-100)
         >>> metric.update(torch.zeros(1, 3, 8), torch.tensor([[1, 2, -100]]))
         >>> round(metric.compute().item(), 6)
@@ -78,7 +78,7 @@ class CausalLMModule(LightningModule):
     Raises:
         FileNotFoundError: ``pretrained`` is a path, and nothing is there.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
         ...                      num_hidden_layers=1, num_attention_heads=2)

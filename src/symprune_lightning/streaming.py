@@ -61,7 +61,7 @@ class StreamedCheckpoint(Residence):
         FileNotFoundError: There are no safetensors files in the folder.
         ValueError: The files name weights otherwise than the model does.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
         >>> from symprune_lightning import prune_model

@@ -40,7 +40,7 @@ class Trainer(pl.Trainer):
     ``test`` or ``prune`` are there for that call only. Unless a pruning callback says
     ``baseline=False``, ``validate`` and ``test`` evaluate the dense model first.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune
         >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,

@@ -51,7 +51,7 @@ class MaskedFinetuning(Callback):
     Raises:
         ValueError: The masks are another model's; or, when training begins, there are none.
 
-    Example:
+    Examples:
         >>> from symprune_lightning import SymPrune, Trainer
         >>> trainer = Trainer(callbacks=[SymPrune(when="fit_start"), MaskedFinetuning()],
         ...                   logger=False, enable_checkpointing=False, accelerator="cpu")

@@ -21,7 +21,7 @@ class Gradual:
     Raises:
         ValueError: The steps are not in order.
 
-    Example:
+    Examples:
         >>> [round(Gradual(end=4).share(step), 3) for step in range(6)]
         [0.0, 0.578, 0.875, 0.984, 1.0, 1.0]
     """

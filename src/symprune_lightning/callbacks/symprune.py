@@ -56,7 +56,7 @@ class SymPrune(PruningCallback):
     Raises:
         ValueError: An argument is wrong.
 
-    Example:
+    Examples:
         >>> SymPrune(score="wanda", sparsity=0.6).settings["score"]
         {'name': 'Wanda'}
     """

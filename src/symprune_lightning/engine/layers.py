@@ -100,7 +100,7 @@ def prunable_layers(
         ValueError: Nothing is left to prune, an entry matches no layer, or a layer is quantised or
             has no storage.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
         >>> [layer.name for layer in prunable_layers(model, ignore=["re:2"])]
         ['0']
@@ -190,7 +190,7 @@ def matching(pattern: str, names: Sequence[str], *, required: bool = True) -> li
     Raises:
         ValueError: It is no regular expression, or there are none although ``required``.
 
-    Example:
+    Examples:
         >>> matching("re:.*q_proj", ["layers.0.q_proj", "layers.0.k_proj"])
         ['layers.0.q_proj']
     """

@@ -107,7 +107,7 @@ def prune_model(
         RankError: Another process has failed.
         JournalError: The journal is of another run; the message says what differs.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> result = prune_model(model, [torch.randn(16, 8)], score="wanda", sparsity=0.5)

@@ -59,7 +59,7 @@ class _Sums(ABC):
 class InputMoments(_Sums):
     """Running [`Moments`][symprune_lightning.functional.statistics.Moments].
 
-    Example:
+    Examples:
         >>> sums = InputMoments(channels=1)
         >>> sums.update(torch.tensor([[[1.0], [3.0]]]))
         >>> sums.value.mean.tolist()

@@ -20,7 +20,7 @@ def by_name(base: type[T], method: T | str) -> T:
     Raises:
         ValueError: No subclass has the name; the message lists those there are.
 
-    Example:
+    Examples:
         >>> from symprune_lightning.functional.scores import Score
         >>> by_name(Score, "ria")
         RIA(alpha=0.5)

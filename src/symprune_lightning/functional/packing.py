@@ -15,7 +15,7 @@ def pack(mask: Tensor) -> Tensor:
     Returns:
         uint8, ``(rows, ceil(columns / 8))``.
 
-    Example:
+    Examples:
         >>> pack(torch.tensor([[True, False, True]])).tolist()
         [[5]]
     """
@@ -28,7 +28,7 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(data: Tensor, columns: int) -> Tensor:
     """The mask of that many columns that was packed to ``data``.
 
-    Example:
+    Examples:
         >>> unpack(torch.tensor([[5]], dtype=torch.uint8), 3).tolist()
         [[True, False, True]]
     """

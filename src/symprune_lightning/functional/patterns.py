@@ -69,7 +69,7 @@ class Pattern(ABC):
         Raises:
             ValueError: The shape can't have this pattern.
 
-        Example:
+        Examples:
             >>> score = torch.tensor([[1.0, 4.0, 2.0, 3.0], [9.0, 9.0, 9.0, 9.0]])
             >>> Unstructured(0.5).mask(score).int().tolist()
             [[0, 1, 0, 1], [0, 0, 1, 1]]
@@ -151,7 +151,7 @@ class NM(Pattern):
     Raises:
         ValueError: Not ``0 < n < m``.
 
-    Example:
+    Examples:
         >>> NM(2, 4).mask(torch.tensor([[1.0, 4.0, 2.0, 3.0]])).int().tolist()
         [[0, 1, 0, 1]]
     """
@@ -207,7 +207,7 @@ def pattern_of(
     Raises:
         ValueError: The string is not of the form ``"N:M"``, or a value is out of range.
 
-    Example:
+    Examples:
         >>> pattern_of("2:4")
         NM(n=2, m=4, permute=False)
         >>> pattern_of(None, sparsity=0.6)

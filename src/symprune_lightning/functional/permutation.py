@@ -35,7 +35,7 @@ def channel_permutation(score: Tensor, n: int, m: int) -> Tensor:
     Raises:
         ModuleNotFoundError: scipy, whose solver is used, is not installed.
 
-    Example:
+    Examples:
         >>> score = torch.tensor([[9.0, 9.0, 1.0, 1.0], [1.0, 1.0, 9.0, 9.0]])
         >>> order = channel_permutation(score, 1, 2)
         >>> retained_score(score, 1, 2), retained_score(score[:, order], 1, 2)

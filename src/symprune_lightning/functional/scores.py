@@ -45,7 +45,7 @@ class Score(ABC):
 class Magnitude(Score):
     """``S = |W|``. Needs no data.
 
-    Example:
+    Examples:
         >>> Magnitude()(torch.tensor([[-2.0, 1.0]]), Statistics()).tolist()
         [[2.0, 1.0]]
     """
@@ -61,7 +61,7 @@ class Wanda(Score):
 
     The norm is per token, which the paper's is not; the order within a layer is the same.
 
-    Example:
+    Examples:
         >>> from symprune_lightning.functional.statistics import Moments
         >>> statistics = Statistics(input=Moments.of(torch.tensor([[1.0, 4.0]])))
         >>> Wanda()(torch.tensor([[2.0, -1.0]]), statistics).tolist()
@@ -82,7 +82,7 @@ class RI(Score):
     A weight counts relative to its row and to its column, so that no channel is emptied. Needs no
     data.
 
-    Example:
+    Examples:
         >>> RI()(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), Statistics()).tolist()
         [[1.5, 0.75], [0.0, 1.75]]
     """
@@ -100,7 +100,7 @@ class RIA(Score):
         alpha: Exponent of the input norm. 0.5, the paper's choice, tempers outlier channels; 0 is
             [`RI`][symprune_lightning.functional.scores.RI].
 
-    Example:
+    Examples:
         >>> from symprune_lightning.functional.statistics import Moments
         >>> statistics = Statistics(input=Moments.of(torch.tensor([[4.0, 1.0]])))
         >>> RIA()(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), statistics).tolist()
@@ -128,7 +128,7 @@ class LpRIA(Score):
     Raises:
         ValueError: ``p`` is negative.
 
-    Example:
+    Examples:
         >>> from symprune_lightning.functional.statistics import Moments
         >>> statistics = Statistics(input=Moments.of(torch.tensor([[4.0, 1.0]])))
         >>> LpRIA(p=float("inf"))(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), statistics).tolist()[0]
@@ -166,7 +166,7 @@ class StochRIA(Score):
     Raises:
         ValueError: ``tau`` is out of range.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[1.0, 1.0], [0.0, 3.0]])
         >>> StochRIA(tau=1.0, alpha=0.0)(weight, Statistics()).tolist()
         [[1.5, 0.75], [0.0, 1.75]]
@@ -216,7 +216,7 @@ class OutputWanda(Score):
     ``‖y_q‖`` scales whole rows: with group ``"output"`` or N:M it decides nothing, and the mask is
     that of `Magnitude`. Costs a second product of inputs and weights.
 
-    Example:
+    Examples:
         >>> from symprune_lightning.functional.statistics import Moments
         >>> statistics = Statistics(output=Moments.of(torch.tensor([[4.0, 1.0]])))
         >>> OutputWanda()(torch.tensor([[1.0, 2.0], [1.0, 3.0]]), statistics).tolist()
@@ -244,7 +244,7 @@ class SymWanda(Score):
     Raises:
         ValueError: ``beta`` is negative.
 
-    Example:
+    Examples:
         >>> from symprune_lightning.functional.statistics import Moments
         >>> x = Moments.of(torch.tensor([[1.0, 3.0]]))
         >>> statistics = Statistics(input=x, output=Moments.of(torch.tensor([[10.0, 30.0]])))
@@ -276,7 +276,7 @@ class Symmetric(Score):
     Raises:
         ValueError: The form is unknown.
 
-    Example:
+    Examples:
         >>> Symmetric()(torch.tensor([[3.0, 4.0]]), Statistics()).tolist()
         [[24.0, 36.0]]
     """
@@ -305,7 +305,7 @@ class Diagonal(Score):
     Raises:
         ValueError: When called on a weight whose sides have other lengths.
 
-    Example:
+    Examples:
         >>> score = Diagonal(a=(2.0, 2.0))
         >>> score(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), Statistics()).tolist()
         [[2.0, 1.25], [0.0, 2.75]]

@@ -26,7 +26,7 @@ class Moments:
         total: Sum over tokens of each channel, float64, shape ``(channels,)``.
         total_square: Sum over tokens of each channel's square, float64, shape ``(channels,)``.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, 0.0], [3.0, 2.0]])
         >>> moments = Moments.of(x)
         >>> moments.mean.tolist(), moments.variance.tolist()

@@ -60,7 +60,7 @@ class OBSUpdate(WeightUpdate):
         damping: ``λ``, as in the paper. Where the matrix can't be factored it is raised tenfold
             until it can, with a warning.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, 1.0], [1.0, 0.9], [0.5, 0.6]])
         >>> statistics = Statistics(gram=(x.T @ x / 3).double())
         >>> mask = torch.tensor([[False, True]])
@@ -90,7 +90,7 @@ class SparseGPT(WeightUpdate):
     Attributes:
         damping: See `OBSUpdate`.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, 1.0], [1.0, 0.9], [0.5, 0.6]])
         >>> statistics = Statistics(gram=(x.T @ x / 3).double())
         >>> kept = torch.ones(1, 2, dtype=torch.bool)

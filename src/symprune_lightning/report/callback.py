@@ -55,7 +55,7 @@ class Report(Callback):
             used where several processes hold the model.
         new_tokens: How far they go on.
 
-    Example:
+    Examples:
         >>> Report(prompts=["The weather is"]).prompts
         ['The weather is']
     """

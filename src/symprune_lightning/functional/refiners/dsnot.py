@@ -47,7 +47,7 @@ class DSnoT(MaskRefiner):
         reference: Measure the variance as the reference code does (inside each sequence, not over
             all tokens), to reproduce its masks.
 
-    Example:
+    Examples:
         >>> from symprune_lightning.functional.statistics import Moments
         >>> statistics = Statistics(input=Moments.of(torch.tensor([[1.0, 1, 1, 1], [2, 1, 1, 2]])))
         >>> weight = torch.tensor([[0.5, 1.0, -0.6, 1.0]])
@@ -158,7 +158,7 @@ class R2DSnoT(MaskRefiner):
     Raises:
         ValueError: A penalty is negative or the guard unknown.
 
-    Example:
+    Examples:
         >>> from symprune_lightning.functional.statistics import Moments
         >>> statistics = Statistics(input=Moments.of(torch.tensor([[1.0, 1, 1, 1], [2, 1, 1, 2]])))
         >>> weight = torch.tensor([[0.5, 1.0, -0.6, 1.0]])

@@ -37,7 +37,7 @@ class ExactSwap(MaskRefiner):
     Attributes:
         cycles: ``T``, most swaps in a row.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
         >>> statistics = Statistics(gram=(x.T @ x / 2).double())
         >>> mask = torch.tensor([[True, False, False]])
