@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,18 @@ def test_prune_finetune_export(folder, monkeypatch, capsys):
     module.main()
     assert capsys.readouterr().out.strip().endswith("every pruned weight still zero: True")
     assert all(check.passed for check in verify(str(folder / "out"), perplexity=False))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_notebook(folder, monkeypatch):
+    """Its cells, in order, with a tiny model in the place of the one on the hub."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = json.loads((EXAMPLES / "first_steps.ipynb").read_text())
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            code = "".join(cell["source"]).replace("HuggingFaceTB/SmolLM2-135M-Instruct", "./model")
+            exec(compile(code, "first_steps.ipynb", "exec"), names)
+    assert all(check.passed for check in verify(str(folder / "pruned"), perplexity=False))

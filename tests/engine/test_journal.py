@@ -184,6 +184,17 @@ def test_says_which_file_is_damaged(tmp_path):
         prune_model(small(), batches(), journal=tmp_path)
 
 
+def test_what_the_messages_advise_works(tmp_path):
+    expected = prune_model(small(), batches(), journal=tmp_path)
+    (tmp_path / "part-00001.safetensors").write_bytes(b"?")
+    for part in (1, 2):
+        (tmp_path / f"part-{part:05}.safetensors").unlink()
+    same(prune_model(small(), batches(), journal=tmp_path), expected)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(JournalError, match=r"has lost its run\.json"):
+        prune_model(small(), batches(), journal=tmp_path)
+
+
 def test_says_that_the_folder_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     model = small()

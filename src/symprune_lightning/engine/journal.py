@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count, takewhile
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,9 @@ class Journal:
 
     def _opened(self, run: dict[str, Any]) -> str:
         path = self.folder / RUN
+        files = list(takewhile(Path.is_file, (self.folder / PART.format(i) for i in count())))
+        if files and not path.is_file():
+            raise JournalError(f"{self.folder} has lost its {RUN}: delete it to begin anew")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
@@ -175,7 +179,7 @@ class Journal:
                 f"as before to go on with it, or delete the folder to begin anew"
             )
         entries: dict[str, Any] = {}
-        for part, file in enumerate(sorted(self.folder.glob("part-*.safetensors"))):
+        for part, file in enumerate(files):
             entries |= {name: {**e, "part": part} for name, e in _head_of(file).items()}
         return json.dumps(entries)
 

@@ -1,0 +1,190 @@
+"""Wanda here and in llm-compressor: time and perplexity on the same model and tokens.
+
+    python benchmarks/peer.py MODEL [--sparsity 0.5] [--sequences 16] [--length 512]
+
+Makes a virtual environment of its own for the newest llm-compressor from PyPI, in runs/peer (kept
+for the next call). Each prunes in a process of its own, from the same float32 checkpoint and the
+same token ids; what is timed is the call that prunes, with the model loaded. Both results are
+evaluated by the same code. llm-compressor is told to spare the output projection, which is tied to
+the embeddings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+from typing import Any
+
+ROOT = Path("runs/peer")
+OURS: dict[str, dict[str, Any]] = {
+    "Wanda": {"score": "wanda"},
+    "Wanda, schedule block": {"score": "wanda", "schedule": "block"},
+    "RIA + ExactSwap": {"score": "ria", "refine": "exactswap"},
+}
+PEER = "llm-compressor Wanda"
+
+
+def ours(folder: Path, name: str, sparsity: float) -> dict[str, Any]:
+    """Prune with this library."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from symprune_lightning import prune_model
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    batches = [{"input_ids": row[None]} for row in torch.load(folder / "tokens.pt")]
+    start = time.perf_counter()
+    prune_model(model, batches, sparsity=sparsity, **OURS[name])
+    figures = {"seconds": time.perf_counter() - start}
+    save_file(weights(model), folder / f"{name}.safetensors")
+    return figures
+
+
+def peer(folder: Path, sparsity: float) -> dict[str, Any]:
+    """Prune with llm-compressor; runs in its own environment."""
+    import llmcompressor
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import WandaPruningModifier
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
+    rows = torch.load(folder / "tokens.pt").tolist()
+    data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
+    recipe = WandaPruningModifier(
+        sparsity=sparsity, mask_structure="0:0", targets=["Linear"], ignore=["re:.*lm_head"]
+    )
+    start = time.perf_counter()
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        dataset=data,
+        recipe=recipe,
+        num_calibration_samples=len(rows),
+        max_seq_length=len(rows[0]),
+        shuffle_calibration_samples=False,
+    )
+    seconds = time.perf_counter() - start
+    save_file(weights(model), folder / f"{PEER}.safetensors")
+    return {"seconds": seconds, "version": getattr(llmcompressor, "__version__", "?")}
+
+
+def weights(model: Any) -> dict[str, Any]:
+    """Weights of the layers that both prune."""
+    return {n: p.detach().contiguous() for n, p in model.named_parameters() if "_proj" in n}
+
+
+def forward(folder: Path) -> float:
+    """Seconds of a plain forward of the calibration tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    model.train(False)
+    rows = torch.load(folder / "tokens.pt")
+    with torch.inference_mode():
+        model(input_ids=rows[:1], use_cache=False)
+        start = time.perf_counter()
+        for row in rows:
+            model(input_ids=row[None], use_cache=False)
+    return time.perf_counter() - start
+
+
+def child(python: str, part: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a part in a process of its own."""
+    command = [python, __file__, options.model, f"--part={part}", f"--sparsity={options.sparsity}"]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    return found
+
+
+def environment() -> str:
+    """The Python of llm-compressor's environment, made if it is not there."""
+    python = ROOT / "venv" / "bin" / "python"
+    if not python.is_file():
+        venv.create(ROOT / "venv", with_pip=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, "torch==2.13.0"], check=True)
+        subprocess.run([*pip, "llmcompressor", "torch==2.13.0"], check=True)
+    return str(python.absolute())
+
+
+def main() -> None:
+    """Prepare, run both, evaluate, print a table."""
+    import torch
+    from safetensors.torch import load_file
+
+    from symprune_lightning import CalibrationDataModule, CausalLMModule, Trainer
+    from symprune_lightning.pretrained import load_model, load_tokenizer
+
+    options = arguments()
+    python = environment()
+    data = CalibrationDataModule(
+        "python-docs",
+        options.model,
+        sequences=options.sequences,
+        sequence_length=options.length,
+        evaluation_sequences=24,
+    )
+    data.setup()
+    rows = torch.cat([batch["input_ids"] for batch in data.calibration_dataloader()])
+    torch.save(rows, ROOT / "tokens.pt")
+    load_model(options.model, dtype="float32").save_pretrained(ROOT / "dense")
+    load_tokenizer(options.model).save_pretrained(ROOT / "dense")
+
+    module = CausalLMModule(str(ROOT / "dense"))
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+    def perplexity(file: str | None) -> float:
+        if file is not None:
+            with torch.no_grad():
+                for name, value in load_file(ROOT / file).items():
+                    module.prunable_model.get_parameter(name).copy_(value)
+        return float(trainer.validate(module, datamodule=data, verbose=False)[0]["val_perplexity"])
+
+    dense = perplexity(None)
+    plain = child(sys.executable, "forward", options)["seconds"]
+    results = {name: child(sys.executable, name, options) for name in OURS}
+    results[PEER] = child(python, PEER, options)
+    print(f"\nplain forward {plain:.1f} s; dense perplexity {dense:.3f}")
+    print("| | seconds | × forward | perplexity | sparsity |\n|---|---|---|---|---|")
+    for name, found in results.items():
+        pruned = perplexity(f"{name}.safetensors")
+        values = load_file(ROOT / f"{name}.safetensors").values()
+        zeros = sum(int((v == 0).sum()) for v in values) / sum(v.numel() for v in values)
+        times = f"{found['seconds']:.1f} | {found['seconds'] / plain:.2f}"
+        print(f"| {name} {found.get('version', '')} | {times} | {pruned:.3f} | {zeros:.4f} |")
+    ratio = results[PEER]["seconds"] / results["Wanda"]["seconds"]
+    print(f"\nllm-compressor takes {ratio:.2f} × the time")
+
+
+def arguments() -> argparse.Namespace:
+    """What is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--part", choices=[*OURS, PEER, "forward"])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked = arguments()
+    ROOT.mkdir(parents=True, exist_ok=True)
+    if asked.part == "forward":
+        print(json.dumps({"seconds": forward(ROOT)}))
+    elif asked.part is not None:
+        work = peer(ROOT, asked.sparsity) if asked.part == PEER else None
+        print(json.dumps(work or ours(ROOT, asked.part, asked.sparsity)))
+    else:
+        main()

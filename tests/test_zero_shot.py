@@ -1,0 +1,79 @@
+"""Tasks of lm-evaluation-harness, on a task of our own from local data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune, Trainer
+from symprune_lightning.export import MANIFEST
+from symprune_lightning.zero_shot import ZeroShot
+from tests.models import build
+from tests.texts import texts, tokenizer
+
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [
+        {"question": f"w{i} w{i + 1}", "choices": ["w1 w2", "w3", "w5 w6"], "answer": i % 3}
+        for i in range(12)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "words.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
+    return tmp_path
+
+
+def run(folder, *callbacks, **options):
+    data = CalibrationDataModule(
+        texts(), tokenizer(), sequences=4, sequence_length=16, evaluation_sequences=4
+    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", **quiet, **options)
+    module = CausalLMModule(build("llama"))
+    trainer.prune(module, datamodule=data, output=str(folder / "out"), callbacks=list(callbacks))
+    return json.loads((folder / "out" / MANIFEST).read_text())["metrics"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_before_and_after_are_in_the_manifest(folder):
+    tasks = ZeroShot(["words"], include_path=str(folder))
+    metrics = run(folder, tasks, SymPrune("magnitude", sparsity=0.95))
+    for which in ("dense", "pruned"):
+        assert 0 <= metrics[which]["words/acc"] <= 1
+        assert metrics[which]["words/acc"] * 12 == pytest.approx(
+            round(metrics[which]["words/acc"] * 12), abs=1e-4
+        )
+        assert "val_perplexity" in metrics[which]
+    assert metrics["dense"]["words/acc"] != metrics["pruned"]["words/acc"]
+    assert "words/acc" in (folder / "out" / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_few_examples(folder):
+    metrics = run(
+        folder, ZeroShot(["words"], include_path=str(folder), limit=3), SymPrune("magnitude")
+    )
+    assert metrics["dense"]["words/acc"] * 3 == pytest.approx(
+        round(metrics["dense"]["words/acc"] * 3), abs=1e-4
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_says_what_is_wrong(folder):
+    with pytest.raises(ValueError, match="there are no tasks"):
+        ZeroShot([])
+    with pytest.raises(ValueError, match="has no task 'nowhere'"):
+        run(folder, ZeroShot(["nowhere"], include_path=str(folder)), SymPrune("magnitude"))
