@@ -51,6 +51,7 @@ ALLOWED = {
     | CORE
     | {"matplotlib", "jinja2"}
     | {f"{PACKAGE}.{room}" for room in ("callbacks", "display", "export", "files", "report")},
+    "zero_shot": LIGHTNING | {"lm_eval", f"{PACKAGE}.callbacks"},
     "adapters": {"torch", *CORE},
     "apply": {f"{PACKAGE}.{room}" for room in ("export", "masks", "pretrained")},
     "verify": LIGHTNING | {PACKAGE, "safetensors"},

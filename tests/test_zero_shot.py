@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune, Trainer
 from symprune_lightning.export import MANIFEST
@@ -28,8 +29,8 @@ metric_list: [{{metric: acc}}]
 @pytest.fixture
 def folder(tmp_path):
     rows = [
-        {"question": f"w{i} w{i + 1}", "choices": ["w1 w2", "w3", "w5 w6"], "answer": i % 3}
-        for i in range(12)
+        {"question": f"w{i}", "choices": [f"w{(i * k) % 59}" for k in (3, 7, 11)], "answer": i % 3}
+        for i in range(48)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "words.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
@@ -42,7 +43,11 @@ def run(folder, *callbacks, **options):
     )
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", **quiet, **options)
-    module = CausalLMModule(build("llama"))
+    model = build("llama")
+    with torch.no_grad():  # as it is, its layers have no say in what comes next
+        for name, weight in model.named_parameters():
+            weight.mul_(20 if "_proj" in name else 1)
+    module = CausalLMModule(model)
     trainer.prune(module, datamodule=data, output=str(folder / "out"), callbacks=list(callbacks))
     return json.loads((folder / "out" / MANIFEST).read_text())["metrics"]
 
@@ -53,9 +58,8 @@ def test_before_and_after_are_in_the_manifest(folder):
     metrics = run(folder, tasks, SymPrune("magnitude", sparsity=0.95))
     for which in ("dense", "pruned"):
         assert 0 <= metrics[which]["words/acc"] <= 1
-        assert metrics[which]["words/acc"] * 12 == pytest.approx(
-            round(metrics[which]["words/acc"] * 12), abs=1e-4
-        )
+        right = metrics[which]["words/acc"] * 48
+        assert right == pytest.approx(round(right), abs=1e-3)
         assert "val_perplexity" in metrics[which]
     assert metrics["dense"]["words/acc"] != metrics["pruned"]["words/acc"]
     assert "words/acc" in (folder / "out" / "README.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -55,6 +56,11 @@ class ZeroShot(Callback):
         self.batch_size = batch_size
         self.include_path = include_path
 
+    @cached_property
+    def _manager(self) -> Any:
+        """All tasks there are; looking for them takes seconds."""
+        return TaskManager(include_path=self.include_path)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look for the tasks, before hours are spent.
 
@@ -63,8 +69,7 @@ class ZeroShot(Callback):
         """
         if trainer.world_size > 1:
             raise ValueError("ZeroShot runs in one process: use devices=1")
-        manager = TaskManager(include_path=self.include_path)
-        unknown = [task for task in self.tasks if task not in manager.all_tasks]
+        unknown = [task for task in self.tasks if task not in self._manager.all_tasks]
         if unknown:
             raise ValueError(f"lm-evaluation-harness has no task {unknown[0]!r}; see `lm_eval ls`")
 
@@ -81,7 +86,7 @@ class ZeroShot(Callback):
             tasks=self.tasks,
             limit=self.limit,
             num_fewshot=self.few_shot,
-            task_manager=TaskManager(include_path=self.include_path),
+            task_manager=self._manager,
             bootstrap_iters=0,
             log_samples=False,
         )
