@@ -32,8 +32,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: install  ## costs as ratios to a plain forward, on SmolLM2
+bench: install  ## costs as ratios to a plain forward, processes, llm-compressor, memory; on SmolLM2
 	$(BIN)/python benchmarks/cost.py "$(MODEL)"
+	$(BIN)/python benchmarks/scaling.py "$(MODEL)"
+	$(BIN)/python benchmarks/peer.py "$(MODEL)"
+	$(BIN)/python benchmarks/memory.py runs/peer/dense
 
 clean:
 	rm -rf .venv runs
