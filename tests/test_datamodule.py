@@ -112,7 +112,7 @@ def test_python_docs_are_always_there():
 def test_settings_are_plain_and_name_the_source():
     data = CalibrationDataModule(texts(), tokenizer(), **SIZES)
     assert json.loads(json.dumps(data.settings)) == data.settings
-    assert data.settings["dataset"] == "list"
+    assert data.settings["dataset"] == {"iterable": "list"}
     assert data.settings["sha256"] == data.hashes
 
 

@@ -58,7 +58,7 @@ def test_contract(score, rows, columns, seed, dtype):
 @pytest.mark.parametrize("score", SCORES)
 def test_is_a_frozen_dataclass_with_docs(score):
     assert score.__dataclass_params__.frozen
-    assert "Example:" in inspect.getdoc(score)
+    assert "Examples:" in inspect.getdoc(score)
     assert by_name(Score, score.__name__.lower()) == score()
 
 
