@@ -80,6 +80,7 @@ def test_rows_are_those_of_runs_of_their_own(folder, monkeypatch):
     assert [row["recipe"] for row in written] == list(NAMES)
     assert [float(row["perplexity"]) for row in written] == [row.perplexity for row in rows]
     assert (folder / "out" / "compare.png").stat().st_size > 10_000
+    assert not list((folder / "out").glob(".*"))
 
 
 def test_one_that_fails_does_not_stop_the_others(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -183,6 +184,7 @@ class _Bench:
         pruner.journal = self.folder / f".{name}.journal"
         metrics = project.trainer.validate(self.module, datamodule=self.data, verbose=False)[0]
         assert pruner.result is not None
+        shutil.rmtree(pruner.journal, ignore_errors=True)
         return Row(
             recipe=name,
             sparsity=pruner.result.sparsity,

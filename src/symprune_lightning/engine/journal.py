@@ -107,7 +107,21 @@ class Journal:
 
     def read(self, layer: Layer) -> Record:
         """What was done to a layer that is finished; all processes must call this."""
-        return self._read(layer, self._entries[layer.name])
+        entry = self._entries[layer.name]
+        rows, columns = layer.shape
+        found: dict[str, Tensor] = {}
+        if self.ranks.rank == 0:
+            with safe_open(self.folder / PART.format(entry.part), framework="pt") as file:
+                found = {key: file.get_tensor(f"{layer.name}:{key}") for key in entry.has}
+        like = {
+            "mask": torch.empty(rows, -(-columns // 8), dtype=torch.uint8),
+            "order": torch.empty(columns, dtype=torch.int64),
+            "weight": torch.empty(rows, columns, dtype=layer.parameter.dtype),
+        }
+        device = layer.parameter.device
+        got = {key: self.ranks.given(found.get(key, like[key])).to(device) for key in entry.has}
+        mask = unpack(got["mask"], columns)
+        return Record(entry.report, mask, got.get("weight"), got.get("order"))
 
     def begin(self, block: int) -> None:
         """Say that layers of this block come next: the one before is finished, and written.
@@ -182,22 +196,6 @@ class Journal:
         for part, file in enumerate(files):
             entries |= {name: {**e, "part": part} for name, e in _head_of(file).items()}
         return json.dumps(entries)
-
-    def _read(self, layer: Layer, entry: _Entry) -> Record:
-        rows, columns = layer.shape
-        found: dict[str, Tensor] = {}
-        if self.ranks.rank == 0:
-            with safe_open(self.folder / PART.format(entry.part), framework="pt") as file:
-                found = {key: file.get_tensor(f"{layer.name}:{key}") for key in entry.has}
-        like = {
-            "mask": torch.empty(rows, -(-columns // 8), dtype=torch.uint8),
-            "order": torch.empty(columns, dtype=torch.int64),
-            "weight": torch.empty(rows, columns, dtype=layer.parameter.dtype),
-        }
-        device = layer.parameter.device
-        got = {key: self.ranks.given(found.get(key, like[key])).to(device) for key in entry.has}
-        mask = unpack(got["mask"], columns)
-        return Record(entry.report, mask, got.get("weight"), got.get("order"))
 
     def _written(self) -> None:
         self._compare()
