@@ -121,16 +121,23 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     good = [row for row in rows if row.perplexity is not None]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for row in good:
-        place = (row.seconds or 0.0, row.perplexity or 0.0)
-        axes.scatter(*place, color="tab:blue")
-        axes.annotate(row.recipe, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    for i, row in enumerate(sorted(good, key=lambda row: -(row.perplexity or 0.0))):
+        place, colour = (row.seconds or 0.0, row.perplexity or 0.0), f"C{i % 10}"
+        beside: dict[str, Any] = {
+            "xytext": (5, 5 if i % 2 else -11),
+            "textcoords": "offset points",
+            "fontsize": 8,
+        }
+        axes.scatter(*place, color=colour)
+        axes.annotate(row.recipe, place, color=colour, **beside)
     if good and good[0].dense is not None:
         axes.axhline(good[0].dense, color="grey", linewidth=0.8, linestyle="--", label="dense")
         axes.legend(frameon=False)
     axes.set_xlabel("seconds to prune")
     axes.set_ylabel("perplexity")
+    axes.set_yscale("log")
     axes.margins(x=0.2, y=0.15)
+    axes.set_xlim(left=0)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
 
