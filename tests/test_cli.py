@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from symprune_lightning import cli
-from tests.models import build
-from tests.texts import texts, tokenizer
+from tests.texts import write_project
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SMALL = {"sequences": 4, "sequence_length": 16, "evaluation_sequences": 2}
@@ -22,9 +21,7 @@ SMALL = {"sequences": 4, "sequence_length": 16, "evaluation_sequences": 2}
 
 @pytest.fixture
 def model(tmp_path):
-    build("llama").save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "texts.txt").write_text("\n\n".join(texts()))
+    write_project(tmp_path)
     return tmp_path
 
 
@@ -168,16 +165,9 @@ def test_verify_and_apply_say_what_is_wrong(model, monkeypatch, capsys):
 
 
 DYING = """
-import os, signal, sys
-calls = int(sys.argv.pop(1))
-flush = os.fsync
-def dying(descriptor):
-    global calls
-    calls -= 1
-    if calls == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    flush(descriptor)
-os.fsync = dying
+import os, sys
+from tests.killing import dying_at
+os.fsync = dying_at(int(sys.argv.pop(1)))(os.fsync)
 from symprune_lightning.cli import main
 sys.argv[0] = "symprune"
 main()

@@ -16,17 +16,14 @@ import yaml
 
 from symprune_lightning import CausalLMModule, PruningCallback
 from symprune_lightning.compare import compare
-from tests.models import build
-from tests.texts import texts, tokenizer
+from tests.texts import write_project
 
 NAMES = ("wanda", "ria", "magnitude")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    build("llama").save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "texts.txt").write_text("\n\n".join(texts()))
+    write_project(tmp_path)
     for name in NAMES:
         write(tmp_path, name, {"score": name, "sparsity": 0.6})
     return tmp_path

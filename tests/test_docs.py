@@ -9,8 +9,7 @@ import pytest
 
 from symprune_lightning.functional.naming import by_name
 from symprune_lightning.functional.scores import Score
-from tests.models import build
-from tests.texts import tokenizer
+from tests.texts import write_project
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -27,8 +26,7 @@ def blocks(page: Path) -> list[str]:
 )
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """With a tiny model in the place of the one on the hub."""
-    build("llama").save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
+    write_project(tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks(page):

@@ -13,8 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from symprune_lightning.verify import verify
-from tests.models import build
-from tests.texts import texts, tokenizer
+from tests.texts import write_project
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -31,9 +30,7 @@ def example(name: str) -> Any:
 
 @pytest.fixture
 def folder(tmp_path):
-    build("llama").save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "texts.txt").write_text("\n".join(texts()))
+    write_project(tmp_path)
     return tmp_path
 
 

@@ -28,18 +28,11 @@ def test_an_error_leaves_what_was_there(tmp_path, whole):
 
 
 VICTIM = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
 from symprune_lightning.files import whole_folder
-calls = int(sys.argv[2])
-def dying(function):
-    def call(*args, **options):
-        global calls
-        calls -= 1
-        if calls == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **options)
-    return call
+from tests.killing import dying_at
+dying = dying_at(int(sys.argv[2]))
 os.fsync = dying(os.fsync)
 Path.rename = dying(Path.rename)
 with whole_folder(Path(sys.argv[1])) as partial:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests.models import build
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
 
@@ -23,3 +27,10 @@ def texts(count: int = 40, length: int = 30) -> list[str]:
     return [
         " ".join(WORDS[4 + (7 * i * j + i + j) % 60] for j in range(length)) for i in range(count)
     ]
+
+
+def write_project(folder: Path) -> None:
+    """A tiny model with its tokenizer in ``model``, and ``texts.txt``."""
+    build("llama").save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "texts.txt").write_text("\n\n".join(texts()))

@@ -6,8 +6,6 @@ import argparse
 import inspect
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 from jsonargparse import auto_cli
 from rich.console import Console
@@ -19,6 +17,7 @@ from symprune_lightning.compare import CompareError, compare
 from symprune_lightning.engine.parallel import RankError
 from symprune_lightning.engine.result import PruningError
 from symprune_lightning.functional.allocation import Allocation
+from symprune_lightning.functional.naming import subclasses
 from symprune_lightning.functional.patterns import Pattern
 from symprune_lightning.functional.refiners import MaskRefiner
 from symprune_lightning.functional.scores import Score
@@ -102,7 +101,7 @@ def _compare(rest: list[str]) -> None:
 
 def _list() -> None:
     console = Console(emoji=False, markup=False)  # N:M: is no emoji
-    bases: dict[str, type] = {
+    bases: dict[str, type[object]] = {
         "scores": Score,
         "refiners": MaskRefiner,
         "weight updates": WeightUpdate,
@@ -111,21 +110,15 @@ def _list() -> None:
     }
     for title, base in bases.items():
         shown = Table("name", "what it is", title=title, title_justify="left", show_header=False)
-        for method in _leaves(base):
-            shown.add_row(method.__name__, _first_line(method))
+        for method in subclasses(base):
+            if not inspect.isabstract(method):
+                shown.add_row(method.__name__, _first_line(method))
         console.print(shown)
     shown = Table("recipe", "what it is", title="recipes", title_justify="left", show_header=False)
     for path in recipes.recipe_files():
         first = path.read_text("utf-8").splitlines()[0]
         shown.add_row(str(path), first.removeprefix("#").strip())
     console.print(shown)
-
-
-def _leaves(base: type[Any]) -> Iterator[type[Any]]:
-    for subclass in base.__subclasses__():
-        if not inspect.isabstract(subclass):
-            yield subclass
-        yield from _leaves(subclass)
 
 
 def _first_line(method: type) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from symprune_lightning.callbacks import PruningCallback, pruning_target
 from symprune_lightning.datamodule import CalibrationDataModule
-from symprune_lightning.files import whole_file
+from symprune_lightning.files import hidden, whole_file, write_json
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.recipes import PruningCLI, instantiate
 
@@ -149,7 +149,6 @@ class _Bench:
         self.folder = folder
         self.module: CausalLMModule = project.model
         self.data: CalibrationDataModule = project.datamodule
-        self.trainer = project.trainer
         self.known: dict[str, Any] = {}
         if (folder / RESULTS).is_file():
             self.known = json.loads((folder / RESULTS).read_text("utf-8"))
@@ -177,19 +176,22 @@ class _Bench:
 
     def keep(self) -> None:
         """Write what is known."""
-        with whole_file(self.folder / RESULTS) as partial:
-            partial.write_text(json.dumps(self.known, indent=1) + "\n", encoding="utf-8")
+        write_json(self.folder / RESULTS, self.known)
 
     def _run(self, name: str, project: PruningCLI, pruner: PruningCallback) -> Row:
-        if self.dense is None:
-            self._load()
+        self.module.configure_model()
         model = pruning_target(self.module)
+        if not self.weights:
+            self.weights = {key: p.detach().clone() for key, p in model.named_parameters()}
         with torch.no_grad():
             for key, value in self.weights.items():
                 model.get_parameter(key).copy_(value)
-        pruner.baseline = False
-        pruner.journal = self.folder / f".{name}.journal"
-        metrics = project.trainer.validate(self.module, datamodule=self.data, verbose=False)[0]
+        pruner.baseline = self.dense is None
+        pruner.journal = hidden(self.folder / name, "journal")
+        try:
+            metrics = project.trainer.validate(self.module, datamodule=self.data, verbose=False)[0]
+        finally:  # known even if pruning fails
+            self.dense = pruner.dense_metrics.get("val_perplexity", self.dense)
         assert pruner.result is not None
         shutil.rmtree(pruner.journal, ignore_errors=True)
         return Row(
@@ -199,20 +201,6 @@ class _Bench:
             perplexity=metrics["val_perplexity"],
             seconds=pruner.seconds,
         )
-
-    def _load(self) -> None:
-        """Load and evaluate the dense model, once, and keep its weights."""
-        callbacks, self.trainer.callbacks = (
-            self.trainer.callbacks,
-            [c for c in self.trainer.callbacks if not isinstance(c, PruningCallback)],
-        )
-        try:
-            metrics = self.trainer.validate(self.module, datamodule=self.data, verbose=False)[0]
-        finally:
-            self.trainer.callbacks = callbacks
-        model = pruning_target(self.module)
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self.dense = metrics["val_perplexity"]
 
 
 def _files(recipes: Iterable[str | Path], arguments: Sequence[str]) -> tuple[list[Path], list[str]]:

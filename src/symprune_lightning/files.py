@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         >>> path.read_text()
         'all of it'
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = hidden(path, "partial")
     try:
         yield partial
         _flush(partial)
@@ -42,7 +44,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Yields:
         The folder to write to. What a process that was killed has left is put in order first.
     """
-    partial, aside = _hidden(path, "partial"), _hidden(path, "old")
+    partial, aside = hidden(path, "partial"), hidden(path, "old")
     if aside.is_dir() and not path.exists():
         aside.rename(path)  # killed between the two renames
     for left in (partial, aside):
@@ -59,7 +61,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _hidden(path: Path, what: str) -> Path:
+def write_json(path: Path, value: Any) -> None:
+    """Write a file of plain values, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def hidden(path: Path, what: str) -> Path:
+    """A name beside a file or folder for what belongs to it for a while."""
     return path.with_name(f".{path.name}.{what}")
 
 

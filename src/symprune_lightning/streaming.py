@@ -109,7 +109,6 @@ class StreamedCheckpoint(Residence):
         inside = {module for block in self.blocks for module in block.modules()}
         self._outside = [m for m in model.modules() if m not in inside]
         self._written: dict[str, str] = {}
-        self.identity = _sample(self._source / file for file in sorted(set(self._files.values())))
         self._check_names()
 
     def __enter__(self) -> Self:
@@ -132,6 +131,11 @@ class StreamedCheckpoint(Residence):
         self._stack.__exit__(kind, error, trace)
         if unfinished is not None:
             raise unfinished
+
+    @property
+    def identity(self) -> str:
+        """A hash of a sample of the source's files."""
+        return _sample(self._source / file for file in sorted(set(self._files.values())))
 
     def open(self) -> None:
         """Read what lies outside the blocks, but for spared output projections."""

@@ -27,6 +27,7 @@ from symprune_lightning.engine.layers import LM_HEAD
 from symprune_lightning.engine.parallel import ALONE, whole_state
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.export import check_destination, manifest_of, save_checkpoint
+from symprune_lightning.files import hidden
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.streaming import StreamedCheckpoint
 
@@ -221,7 +222,7 @@ class Trainer(pl.Trainer):
             yield
             return
         path = Path(output).expanduser().absolute()
-        callback.journal = path.with_name(f".{path.name}.journal")
+        callback.journal = hidden(path, "journal")
         try:
             yield
             if self.is_global_zero:

@@ -18,6 +18,7 @@ from symprune_lightning.datamodule import CalibrationDataModule, TextSource
 from symprune_lightning.export import MANIFEST
 from symprune_lightning.masks import layers_of, stored_masks
 from symprune_lightning.module import CausalLMModule
+from symprune_lightning.streaming import INDEX
 from symprune_lightning.trainer import Trainer
 
 TOLERANCE = 1e-3
@@ -117,7 +118,7 @@ def _files(folder: Path) -> str:
                 found |= dict.fromkeys(file.keys(), path)
         except (SafetensorError, OSError) as error:
             raise VerificationError(f"{path} is damaged or cut short: {error}") from error
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         listed = json.loads(index.read_text("utf-8"))["weight_map"]
         wrong = [n for n in {**listed, **found} if (folder / listed.get(n, "")) != found.get(n)]
@@ -144,7 +145,7 @@ def _zeros(folder: Path, model: PreTrainedModel, manifest: dict[str, Any]) -> st
         if name not in listed:
             raise VerificationError(f"there is a mask for {name}, which {MANIFEST} does not list")
         layer = layers_of(model, {name: mask})[0]
-        pruned = ~(mask.T if layer.transposed else mask)
+        pruned = layer.pruned(mask)
         weight, sparsity = layer.parameter, listed.pop(name)
         revived = int((weight[pruned] != 0).sum())
         if revived:

@@ -328,26 +328,16 @@ def interrupted(rank: int, size: int, folder: Path) -> None:
 
 
 VICTIM = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
 import torch
 from tests.engine.test_journal import small, batches, prune_model
+from tests.killing import dying_at
 
-folder, calls = Path(sys.argv[1]), int(sys.argv[2])
+folder, dying = Path(sys.argv[1]), dying_at(int(sys.argv[2]))
 torch.set_num_threads(1)
-
-def dying(function):
-    def call(*args, **options):
-        global calls
-        calls -= 1
-        if calls == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **options)
-    return call
-
-if calls:
-    os.fsync = dying(os.fsync)
-    os.replace = dying(os.replace)
+os.fsync = dying(os.fsync)
+os.replace = dying(os.replace)
 print("go", flush=True)
 result = prune_model(small(), batches(), refine="exactswap", journal=folder / "journal")
 torch.save(result.masks, folder / "masks.pt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from symprune_lightning.callbacks.gradual import Gradual
-from symprune_lightning.callbacks.pruning import PruningCallback, pruning_target, refuse_strategies
-from symprune_lightning.engine.parallel import local, local_part
+from symprune_lightning.callbacks.pruning import (
+    PruningCallback,
+    callbacks_of,
+    pruning_target,
+    refuse_strategies,
+)
+from symprune_lightning.engine.parallel import local
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.functional.packing import pack, unpack
 from symprune_lightning.masks import layers_of, load_masks, masks_of_zeros
@@ -108,7 +114,7 @@ class MaskedFinetuning(Callback):
             return
         if not self._restored:
             self._bits, self._columns = {}, {}
-            self._take(self._found(trainer, pl_module))
+            self._take(*self._found(trainer, pl_module))
         self._followed = _results(trainer)
         self._apply(trainer, pl_module)
 
@@ -119,7 +125,7 @@ class MaskedFinetuning(Callback):
         further = [r for r in _results(trainer) if not any(r is known for known in self._followed)]
         if further:
             self._followed += further
-            self._take(_joined(further))
+            self._take(*(result.masks for result in further))
             self._apply(trainer, pl_module)
         for parameter, pruned in self._pruned:
             if parameter.grad is not None:
@@ -142,15 +148,15 @@ class MaskedFinetuning(Callback):
         self._pruned.clear()
         self._restored = self._lacking = False
 
-    def _found(self, trainer: Trainer, module: LightningModule) -> Mapping[str, Tensor]:
+    def _found(self, trainer: Trainer, module: LightningModule) -> list[Mapping[str, Tensor]]:
         target, given = pruning_target(module), self._given
         if isinstance(given, Mapping):
-            return given
+            return [given]
         if given is not None and given != ZEROS:
-            return load_masks(Path(given))
+            return [load_masks(Path(given))]
         results = _results(trainer)
         if results:
-            return _joined(results)
+            return [result.masks for result in results]
         if self._lacking and given is None:
             raise ValueError(
                 f"the checkpoint {trainer.ckpt_path} has no masks of MaskedFinetuning: pass "
@@ -163,11 +169,11 @@ class MaskedFinetuning(Callback):
                 f"{type(target).__name__} has no layer with zeros to keep: prune it first, add "
                 f"SymPrune(when='fit_start') to the callbacks, or pass masks=<file>"
             )
-        return masks
+        return [masks]
 
-    def _take(self, masks: Mapping[str, Tensor]) -> None:
+    def _take(self, *parts: Mapping[str, Tensor]) -> None:
         """Prune these too; what is pruned stays so."""
-        for name, mask in masks.items():
+        for name, mask in chain.from_iterable(masks.items() for masks in parts):
             bits = pack(mask).cpu()
             self._bits[name] = self._bits.get(name, bits) & bits
             self._columns[name] = mask.shape[1]
@@ -179,8 +185,7 @@ class MaskedFinetuning(Callback):
         self._pruned = []
         for layer in layers_of(pruning_target(module), masks):
             mask = masks[layer.name].to(layer.parameter.device)
-            kept = local_part(mask.T if layer.transposed else mask, layer.parameter)
-            self._pruned.append((layer.parameter, ~kept))
+            self._pruned.append((layer.parameter, layer.pruned(mask)))
         self._zero_weights()
         for optimizer in trainer.optimizers:
             for parameter, pruned in self._pruned:
@@ -196,8 +201,7 @@ class MaskedFinetuning(Callback):
 
 def _pruning(trainer: Trainer) -> list[PruningCallback]:
     """Callbacks that prune before or during training."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [c for c in callbacks if isinstance(c, PruningCallback) and c.prunes_in_fit]
+    return [c for c in callbacks_of(trainer) if isinstance(c, PruningCallback) and c.prunes_in_fit]
 
 
 def _results(trainer: Trainer) -> list[PruneResult]:
@@ -207,11 +211,3 @@ def _results(trainer: Trainer) -> list[PruneResult]:
 def _will_prune(trainer: Trainer) -> bool:
     """Whether a callback is going to prune while the model trains."""
     return any(isinstance(callback.when, Gradual) for callback in _pruning(trainer))
-
-
-def _joined(results: list[PruneResult]) -> dict[str, Tensor]:
-    masks: dict[str, Tensor] = {}
-    for result in results:
-        for name, mask in result.masks.items():
-            masks[name] = masks.get(name, mask) & mask
-    return masks

@@ -309,10 +309,16 @@ def refuse_strategies(callback: Callback, trainer: Trainer) -> None:
         )
 
 
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks, which it does not declare."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
 def score_watcher(trainer: Trainer) -> OnScores | None:
     """What is called with every layer's scores: the ``on_scores`` of callbacks that have one."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    watching: list[OnScores] = [c.on_scores for c in callbacks if hasattr(c, "on_scores")]
+    having = [c for c in callbacks_of(trainer) if hasattr(c, "on_scores")]
+    watching: list[OnScores] = [callback.on_scores for callback in having]
     if not watching:
         return None
 

@@ -22,7 +22,7 @@ from symprune_lightning.engine.layers import Layer
 from symprune_lightning.engine.method import Method
 from symprune_lightning.engine.parallel import Ranks, gathered
 from symprune_lightning.engine.result import LayerReport
-from symprune_lightning.files import whole_file
+from symprune_lightning.files import whole_file, write_json
 from symprune_lightning.functional.packing import pack, unpack
 
 RUN = "run.json"
@@ -155,7 +155,7 @@ class Journal:
 
     def note(self, name: str, value: Any) -> None:
         """Keep a plain value."""
-        self._by_first(lambda: _write_json(self.folder / f"{name}.json", value))
+        self._by_first(lambda: write_json(self.folder / f"{name}.json", value))
 
     def noted(self, name: str) -> Any:
         """A value that was kept, ``None`` if there is none."""
@@ -183,7 +183,7 @@ class Journal:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
-                _write_json(path, run)
+                write_json(path, run)
         except OSError as error:
             raise OSError(f"cannot write the journal {self.folder}: {error}") from error
         differences = list(_differences(json.loads(path.read_text("utf-8")), run))
@@ -342,8 +342,3 @@ def _head_of(file: Path) -> dict[str, Any]:
             f"cannot read {file}: {error}. Delete it and those with higher numbers to go on from "
             f"the block before"
         ) from error
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -56,6 +56,14 @@ class Layer:
         weight = gathered(self.parameter.detach())
         return at_least_float32(weight.T if self.transposed else weight)
 
+    def pruned(self, mask: Tensor) -> Tensor:
+        """Where this process's part of the weight, as the module stores it, is pruned.
+
+        Args:
+            mask: Bool, ``(out_features, in_features)``, True = kept.
+        """
+        return ~local_part(mask.T if self.transposed else mask, self.parameter)
+
     @torch.no_grad()
     def apply_(self, mask: Tensor) -> None:
         """Zero the weights that are not kept.
@@ -63,8 +71,7 @@ class Layer:
         Args:
             mask: Bool, ``(out_features, in_features)``, True = kept.
         """
-        kept = local_part(mask.T if self.transposed else mask, self.parameter)
-        local(self.parameter).masked_fill_(~kept, 0)
+        local(self.parameter).masked_fill_(self.pruned(mask), 0)
 
     @torch.no_grad()
     def write_(self, weight: Tensor) -> None:

@@ -31,14 +31,16 @@ class Residence:
     readable: ClassVar[bool] = True
     """Whether a weight can be read and written when its block is not in memory."""
 
-    identity: str | None = None
-    """What tells the weights from others, where they can't be read at once."""
-
     inside: nn.Module | None = None
     """The block that is in memory."""
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         self.model, self.blocks = model, blocks
+
+    @property
+    def identity(self) -> str | None:
+        """What tells the weights from others, where they can't be read at once."""
+        return None
 
     def open(self) -> None:
         """Bring what lies outside the blocks into memory."""

@@ -27,7 +27,7 @@ def by_name(base: type[T], method: T | str) -> T:
     """
     if not isinstance(method, str):
         return method
-    found = {_plain(c.__name__): c for c in _leaves(base)}
+    found = {_plain(c.__name__): c for c in subclasses(base)}
     if _plain(method) not in found:
         names = ", ".join(sorted(c.__name__ for c in found.values()))
         raise ValueError(f"no {base.__name__} is called {method!r}; there are: {names}")
@@ -38,7 +38,8 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-def _leaves(base: type[T]) -> Iterator[type[T]]:
+def subclasses(base: type[T]) -> Iterator[type[T]]:
+    """All subclasses, those of subclasses too."""
     for subclass in base.__subclasses__():
         yield subclass
-        yield from _leaves(subclass)
+        yield from subclasses(subclass)

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from symprune_lightning.callbacks import PruningCallback, pruning_target
+from symprune_lightning.callbacks import PruningCallback, callbacks_of, pruning_target
 from symprune_lightning.display import peak_memory
 from symprune_lightning.export import manifest_of
 from symprune_lightning.files import whole_file
@@ -188,8 +188,7 @@ class Report(Callback):
 
     @staticmethod
     def _pruning(trainer: Trainer) -> PruningCallback | None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return next((c for c in callbacks if isinstance(c, PruningCallback)), None)
+        return next((c for c in callbacks_of(trainer) if isinstance(c, PruningCallback)), None)
 
     @torch.no_grad()
     def _generate(self, trainer: Trainer, module: LightningModule) -> list[str]:
