@@ -221,11 +221,14 @@ def test_help_is_short(monkeypatch, capsys):
         assert "symprune prune --config" in text
 
 
-def test_list_names_all_there_is(monkeypatch, capsys):
+@pytest.mark.parametrize("columns", [60, 200])
+def test_list_names_all_there_is(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     symprune(monkeypatch, "list")
     text = capsys.readouterr().out
     for name in ("SymWanda", "R2DSnoT", "SparseGPT", "OWL", "NM", "ria-exactswap.yaml"):
         assert name in text
+    assert f"recipes in {RECIPES[0].parent}\n" in text
     assert "`" not in text
 
 

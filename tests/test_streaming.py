@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from symprune_lightning import StreamedCheckpoint, prune_model
+from symprune_lightning import PruningWarning, StreamedCheckpoint, prune_model
+from symprune_lightning.engine.layers import LM_HEAD
 from tests.models import LANGUAGE, batches, build, llama
 
 METHODS = {
@@ -21,8 +22,9 @@ METHODS = {
 }
 
 
-def stream(folder, method, data, **options):
-    with StreamedCheckpoint(folder / "dense", folder / "sparse", **options) as checkpoint:
+def stream(folder, method, data):
+    ignore = method.get("ignore", LM_HEAD)
+    with StreamedCheckpoint(folder / "dense", folder / "sparse", ignore=ignore) as checkpoint:
         result = prune_model(checkpoint, data, **method)
         assert all(p.is_meta for block in checkpoint.blocks for p in block.parameters())
         checkpoint.finish({"sparsity": result.sparsity})
@@ -76,15 +78,49 @@ def test_the_output_reloads_shard_by_shard(tmp_path):
     assert len(files) == 5  # two blocks, embeddings, the last norm, the output projection
 
 
-def test_layers_that_are_ignored_are_written_dense(tmp_path):
+IGNORED = {
+    "the first block": ["re:.*lm_head", r"re:.*layers\.0\..*"],
+    "the last block": ["re:.*lm_head", r"re:.*layers\.1\..*"],
+    "some of each block": ["re:.*lm_head", "re:.*mlp.*"],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("ignored", IGNORED)
+@pytest.mark.parametrize("schedule", ["layer", "block", "dense"])
+def test_layers_that_are_ignored(tmp_path, ignored, schedule):
     build("llama").save_pretrained(tmp_path / "dense")
-    ignore = ["re:.*lm_head", r"re:.*layers\.0\..*"]
-    with StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse", ignore=ignore) as checkpoint:
-        prune_model(checkpoint, batches(), ignore=ignore)
+    same_as_whole(tmp_path, {"ignore": IGNORED[ignored], "schedule": schedule}, batches())
+
+
+def test_linear_layers_before_the_blocks(tmp_path):
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=16,
+        word_embed_proj_dim=8,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path / "dense")
+    same_as_whole(tmp_path, {"ignore": ["re:.*project_(in|out)"]}, batches())
+
+
+def test_a_layer_that_no_batch_reaches(tmp_path):
+    """Batches then go on to the end, where the output projection is not in memory."""
+    build("llama").save_pretrained(tmp_path / "dense")
+
+    def first_block(model, batch):
+        model.model(**batch, output_hidden_states=True)
+        model.lm_head(model.model.embed_tokens(batch["input_ids"]))
+        raise AssertionError("went on behind the output projection")
+
+    with StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse") as checkpoint:
+        checkpoint.model.register_module("never", torch.nn.Linear(4, 4, device="meta"))
+        with pytest.warns(PruningWarning, match="still dense: never"):
+            prune_model(checkpoint, batches(), forward=first_block)
         checkpoint.finish({})
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").model.layers
-    assert (loaded[0].mlp.up_proj.weight != 0).all()
-    assert (loaded[1].mlp.up_proj.weight == 0).float().mean() == 0.5
 
 
 def test_an_error_leaves_nothing_behind(tmp_path):

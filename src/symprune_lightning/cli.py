@@ -114,10 +114,13 @@ def _list() -> None:
             if not inspect.isabstract(method):
                 shown.add_row(method.__name__, _first_line(method))
         console.print(shown)
-    shown = Table("recipe", "what it is", title="recipes", title_justify="left", show_header=False)
-    for path in recipes.recipe_files():
+    files = recipes.recipe_files()
+    shown = Table("recipe", "what it is", show_header=False)
+    for path in files:
         first = path.read_text("utf-8").splitlines()[0]
-        shown.add_row(str(path), first.removeprefix("#").strip())
+        shown.add_row(path.name, first.removeprefix("#").strip())
+    # soft: a path that is folded to the terminal's width can't be copied
+    console.print(f"recipes in {files[0].parent}", soft_wrap=True, style="table.title")
     console.print(shown)
 
 

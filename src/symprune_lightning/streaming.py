@@ -23,8 +23,8 @@ from symprune_lightning.engine.layers import (
     LM_HEAD,
     Layer,
     decoder_blocks,
+    linear_layers,
     prunable_layers,
-    spared_modules,
 )
 from symprune_lightning.engine.residence import Residence
 from symprune_lightning.export import check_destination, write_description
@@ -100,14 +100,16 @@ class StreamedCheckpoint(Residence):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=config.dtype or "float32", trust_remote_code=trust_remote_code
             )
+        model.tie_weights()  # what is tied is not pruned, and meta weights come untied
         _buffers_to(model, self._device)
         layers = prunable_layers(model, list(ignore), on_meta=True)
-        super().__init__(model, list(decoder_blocks(model, layers)))
+        super().__init__(model, list(decoder_blocks(model, linear_layers(model))))
         self._pruned = {layer.module for layer in layers}
         self._names = {module: name for name, module in model.named_modules()}
-        self._spared = set(spared_modules(model, layers))
         inside = {module for block in self.blocks for module in block.modules()}
         self._outside = [m for m in model.modules() if m not in inside]
+        head = model.get_output_embeddings()
+        self._unread = None if head in self._pruned else head
         self._written: dict[str, str] = {}
         self._check_names()
 
@@ -138,10 +140,10 @@ class StreamedCheckpoint(Residence):
         return _sample(self._source / file for file in sorted(set(self._files.values())))
 
     def open(self) -> None:
-        """Read what lies outside the blocks, but for spared output projections."""
+        """Read what lies outside the blocks, but for an output projection that is not pruned."""
         self._written.clear()
         for module in self._outside:
-            if module not in self._spared:
+            if module is not self._unread:
                 self._load(module, self._names[module], recurse=False)
 
     def enter(self, block: nn.Module) -> None:

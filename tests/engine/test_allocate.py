@@ -41,3 +41,10 @@ def test_search_needs_an_output():
         prune_model(
             model, [torch.randn(5, 8)], allocation="search", forward=lambda m, x: [m(x), None][1]
         )
+
+
+def test_search_compares_what_comes_out_and_not_what_goes_into_a_spared_layer():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    searched = Search((Progression(0.5), OWL()))
+    result = prune_model(model, [torch.randn(5, 8)], allocation=searched, ignore=["0"])
+    assert all(trial.error > 0 for trial in result.trials)

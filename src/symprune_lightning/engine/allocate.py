@@ -153,10 +153,9 @@ class Division:
         return sorted(tried, key=lambda pair: pair[1].error)
 
     def _last_states(self) -> Iterator[Tensor]:
-        """What the head is given for each batch; the output, if no linear layer is spared."""
-        with _inputs_of(spared_modules(self.model, self.layers)) as seen:
+        """What the head is given for each batch; the output, if the last linear layer is pruned."""
+        with self._inputs_behind_pruned_layers() as seen:
             for batch in self.batches:
-                seen.clear()
                 output = self.forward(self.model, batch)
                 found = seen or [x for x in tree_leaves(output) if isinstance(x, Tensor)]
                 if not found:
@@ -165,17 +164,20 @@ class Division:
                     )
                 yield found[-1]
 
+    @contextmanager
+    def _inputs_behind_pruned_layers(self) -> Iterator[list[Tensor]]:
+        """Inputs of the spared linear layers that were called since the last pruned one was."""
+        seen: list[Tensor] = []
 
-@contextmanager
-def _inputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.extend(args[:1])
 
-    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.extend(args[:1])
-
-    hooks = [module.register_forward_pre_hook(note) for module in modules]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+        spared = spared_modules(self.model, self.layers)
+        hooks = [module.register_forward_pre_hook(note) for module in spared]
+        for layer in self.layers:
+            hooks.append(layer.module.register_forward_pre_hook(lambda *_: seen.clear()))
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()

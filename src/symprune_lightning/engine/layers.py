@@ -112,7 +112,7 @@ def prunable_layers(
         >>> [layer.name for layer in prunable_layers(model, ignore=["re:2"])]
         ['0']
     """
-    found = [Layer(n, m) for n, m in model.named_modules() if is_linear(m)]
+    found = linear_layers(model)
     names = [layer.name for layer in found]
     ignored = {
         name
@@ -135,6 +135,11 @@ def prunable_layers(
             f"and all are ignored ({', '.join(ignore) or 'none'}) or tied to other modules"
         )
     return layers
+
+
+def linear_layers(model: nn.Module) -> list[Layer]:
+    """All linear layers, whether they are to be pruned or not."""
+    return [Layer(name, m) for name, m in model.named_modules() if is_linear(m)]
 
 
 def spared_modules(model: nn.Module, layers: Iterable[Layer]) -> list[nn.Module]:

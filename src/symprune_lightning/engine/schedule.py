@@ -332,7 +332,8 @@ class SuspendedForward:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = _current()
-        if batch is not None and batch.leaving:
+        # what is not in memory now is the output projection of a streamed model: nothing follows it
+        if batch is not None and (batch.leaving or _on_meta(module)):
             raise greenlet.GreenletExit
 
 
@@ -374,6 +375,10 @@ def _set_thread_modes(modes: tuple[Any, ...]) -> None:
     for device, enabled, dtype in autocast:
         torch.set_autocast_enabled(device, enabled)
         torch.set_autocast_dtype(device, dtype)
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(weight.is_meta for weight in module.parameters(recurse=False))
 
 
 def _valid_tokens(data: Any) -> Tensor | None:
