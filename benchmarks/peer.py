@@ -5,8 +5,8 @@
 Makes a virtual environment of its own for the newest llm-compressor from PyPI, in runs/peer (kept
 for the next call). Every round draws other texts. Each prunes in a process of its own, from the
 same float32 checkpoint and the same token ids; what is timed is the call that prunes, with the
-model loaded. All results of a round are evaluated by the same code on the same text. llm-compressor is
-told to spare the output projection, which is tied to the embeddings.
+model loaded. All results of a round are evaluated by the same code on the same text. llm-compressor
+is told to spare the output projection, which is tied to the embeddings.
 """
 
 from __future__ import annotations

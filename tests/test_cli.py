@@ -251,6 +251,7 @@ def test_a_line_for_each_block_where_nobody_looks_on(model, monkeypatch, capfd):
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pruned ")]
     assert [line.split()[1] for line in lines] == ["7", "14"]
     assert "model.layers.0 " in lines[0]
+    assert " tokens/s  " in lines[1]
     assert "GiB" in lines[1]
     symprune(monkeypatch, "prune", "--config", recipe, *small(model), "--quiet")
     captured = capfd.readouterr()

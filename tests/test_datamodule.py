@@ -88,6 +88,24 @@ def test_evaluation_from_another_source():
     assert evaluation.unique().tolist() == [2]
 
 
+def test_several_evaluation_sets_have_names():
+    several = {"twos": [[2] * 48], "threes": [[3] * 48]}
+    data = CalibrationDataModule([[1] * 64], evaluation=several, **SIZES)
+    loaders = data.val_dataloader()
+    assert {name: rows(loader).unique().tolist() for name, loader in loaders.items()} == {
+        "twos": [2],
+        "threes": [3],
+    }
+    assert set(data.hashes) == {"calibration", "evaluation/twos", "evaluation/threes"}
+    in_memory = {"iterable": "list"}
+    assert data.settings["evaluation"] == {"sets": {"twos": in_memory, "threes": in_memory}}
+    with pytest.raises(ValueError, match="texts for evaluation/twos are too short"):
+        CalibrationDataModule([[1] * 64], evaluation={"twos": [[2]]}, **SIZES).setup()
+    for wrong in ({}, {"": [[2] * 48]}):
+        with pytest.raises(ValueError, match="give it one text at least, each with a name"):
+            CalibrationDataModule([[1] * 64], evaluation=wrong, **SIZES)
+
+
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "folder"])
 def test_local_files(tmp_path, kind):
     path = tmp_path / f"texts.{kind}"

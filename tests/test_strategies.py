@@ -34,8 +34,10 @@ SEQUENCES = (5, 7)
 def data(folder: Path, sequences: int) -> CalibrationDataModule:
     torch.manual_seed(3)
     texts = torch.randint(3, VOCABULARY, (40, 16)).tolist()
+    several = {"some": texts[:20], "others": texts[20:]}
     return CalibrationDataModule(
         texts,
+        evaluation=several if sequences == 7 else None,
         sequences=sequences,
         evaluation_sequences=sequences,
         sequence_length=16,

@@ -29,7 +29,7 @@ from tests.texts import texts, tokenizer
 DOWN = "model.layers.0.mlp.down_proj"
 
 
-def write(folder: Path, **options: Any) -> Path:
+def write(folder: Path, evaluation: Any = None, **options: Any) -> Path:
     """A checkpoint written by a Trainer, with data that can be had again."""
     tokenizer().save_pretrained(folder / "dense")
     build("llama").save_pretrained(folder / "dense", **options)
@@ -39,6 +39,7 @@ def write(folder: Path, **options: Any) -> Path:
         str(folder / "dense"),
         sequences=4,
         sequence_length=16,
+        evaluation=evaluation,
         evaluation_sequences=5,
         batch_size=2,
     )
@@ -51,6 +52,15 @@ def write(folder: Path, **options: Any) -> Path:
         output=str(folder / "out"),
     )
     return folder / "out"
+
+
+def test_several_evaluation_sets(tmp_path, capsys):
+    (tmp_path / "more.txt").write_text("\n\n".join(texts()[10:]))
+    several = {name: str(tmp_path / f"{name}.txt") for name in ("texts", "more")}
+    written = write(tmp_path, evaluation=several)
+    assert outcome(written)["perplexity"] is True
+    (tmp_path / "more.txt").write_text("\n\n".join(texts()[:10]))
+    assert outcome(written)["perplexity"] is None
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune, Trainer
+from symprune_lightning.cli import main
 from symprune_lightning.export import MANIFEST
 from symprune_lightning.zero_shot import ZeroShot
 from tests.models import build
 from tests.texts import texts, tokenizer
 
+RECIPE = Path(__file__).parent.parent / "recipes" / "wanda.yaml"
 TASK = """
 task: words
 dataset_path: json
@@ -63,6 +66,27 @@ def test_before_and_after_are_in_the_manifest(folder):
         assert "val_perplexity" in metrics[which]
     assert metrics["dense"]["words/acc"] != metrics["pruned"]["words/acc"]
     assert "words/acc" in (folder / "out" / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_eval_command(folder, monkeypatch, capsys):
+    build("llama").save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "texts.txt").write_text("\n\n".join(texts()))
+    command = ["symprune", "eval", "--tasks", "words", "--limit", "6", "--config", str(RECIPE)]
+    command += ["--include_path", str(folder), f"--model.pretrained={folder / 'model'}"]
+    sizes = {"sequences": 4, "sequence_length": 16, "evaluation_sequences": 2}
+    command += [f"--data.{name}={size}" for name, size in sizes.items()]
+    command += [f"--data.dataset={folder / 'texts.txt'}", "--json"]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for which in ("dense", "pruned"):
+        assert said[which]["words/acc"] * 6 == pytest.approx(round(said[which]["words/acc"] * 6))
+    assert said["output"] is None
+    command[3] = "nowhere"
+    with pytest.raises(SystemExit, match="symprune: lm-evaluation-harness has no task 'nowhere'"):
+        main()
 
 
 @pytest.mark.filterwarnings("ignore")

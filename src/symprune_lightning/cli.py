@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 
 from jsonargparse import auto_cli
 from rich.console import Console
@@ -28,6 +31,7 @@ HELP = """usage: symprune COMMAND ...
 
   prune     evaluate a model, prune it, evaluate it again, write the checkpoint
   compare   several recipes on the same model and tokens
+  eval      tasks of lm-evaluation-harness, on the dense and on the pruned model
   verify    prove that a checkpoint is what its manifest says
   apply     put stored masks onto the dense model
   list      scores, refiners, weight updates, allocations, patterns, recipes
@@ -56,33 +60,6 @@ MISTAKES = (
 """What is told without a traceback."""
 
 
-def main() -> None:
-    """Entry point of ``symprune``."""
-    command, rest = sys.argv[1:2], sys.argv[2:]
-    try:
-        if command in ([], ["--help"], ["-h"]):
-            print(HELP, end="")
-        elif command == ["verify"]:
-            auto_cli(report, args=rest, prog="symprune verify")
-        elif command == ["apply"]:
-            auto_cli(apply, args=rest, prog="symprune apply", as_positional=False)
-        elif command == ["compare"]:
-            _compare(rest)
-        elif command == ["list"]:
-            _list()
-        else:
-            recipes.run()
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning makes one of the other
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        sys.exit("symprune: interrupted; the same command goes on from the last finished block")
-    except MISTAKES as error:
-        if os.environ.get("SYMPRUNE_TRACEBACK"):
-            raise
-        sys.exit(f"symprune: {error}")
-
-
 def _compare(rest: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="symprune compare",
@@ -99,7 +76,31 @@ def _compare(rest: list[str]) -> None:
         raise CompareError("; ".join(["some recipes have failed", *failed]))
 
 
-def _list() -> None:
+def _eval(rest: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="symprune eval",
+        description="Run tasks of lm-evaluation-harness on a model before and after pruning it.",
+        epilog="Other options are those of `symprune prune`, such as --config; without --output "
+        "nothing is written. For a checkpoint that is written already: lm_eval --model hf.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--tasks", nargs="+", required=True, help="names, as in `lm_eval ls tasks`")
+    parser.add_argument("--limit", type=int, help="only so many examples of each task")
+    parser.add_argument("--few_shot", type=int, help="examples before each question")
+    parser.add_argument("--include_path", help="folder with task files of your own")
+    options, arguments = parser.parse_known_args(rest)
+    if find_spec("lm_eval") is None:
+        raise ValueError('tasks need lm-evaluation-harness: pip install "symprune-lightning[eval]"')
+    callback = {
+        "class_path": "symprune_lightning.zero_shot.ZeroShot",
+        "init_args": vars(options),
+    }
+    recipes.run(["prune", *arguments, f"--trainer.callbacks+={json.dumps(callback)}"])
+
+
+def _list(rest: list[str]) -> None:
+    if rest:
+        raise ValueError(f"symprune list takes no arguments: {' '.join(rest)}")
     console = Console(emoji=False, markup=False)  # N:M: is no emoji
     bases: dict[str, type[object]] = {
         "scores": Score,
@@ -126,3 +127,34 @@ def _list() -> None:
 
 def _first_line(method: type) -> str:
     return (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " ").replace("`", "")
+
+
+COMMANDS: dict[str, Callable[[list[str]], object]] = {
+    "compare": _compare,
+    "eval": _eval,
+    "verify": lambda rest: auto_cli(report, args=rest, prog="symprune verify"),
+    "apply": lambda rest: auto_cli(apply, args=rest, prog="symprune apply", as_positional=False),
+    "list": _list,
+}
+"""Commands that are not those of LightningCLI."""
+
+
+def main() -> None:
+    """Entry point of ``symprune``."""
+    command, rest = sys.argv[1:2], sys.argv[2:]
+    try:
+        if command in ([], ["--help"], ["-h"]):
+            print(HELP, end="")
+        elif command[0] in COMMANDS:
+            COMMANDS[command[0]](rest)
+        else:
+            recipes.run()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning makes one of the other
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        sys.exit("symprune: interrupted; the same command goes on from the last finished block")
+    except MISTAKES as error:
+        if os.environ.get("SYMPRUNE_TRACEBACK"):
+            raise
+        sys.exit(f"symprune: {error}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -22,6 +23,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from symprune_lightning.pretrained import IGNORE, load_tokenizer
 
 PYTHON_DOCS = "python-docs"
+EVALUATION = "evaluation"
+"""The part that is evaluated on; of several, the name follows behind a slash."""
+
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -43,7 +47,10 @@ class TextSource:
     column: str = "text"
 
 
-Texts = str | PathLike[str] | TextSource | Iterable[Any]
+# In this order for the command line: {"path": ...} is one source, {"wiki": ..., ...} are several,
+# and what is taken for a path-like is taken as it stands, whatever it is.
+Texts = TextSource | str | Iterable[Any] | PathLike[str]
+Evaluation = TextSource | Mapping[str, Texts] | None | Texts
 
 
 class CalibrationDataModule(LightningDataModule):
@@ -61,8 +68,9 @@ class CalibrationDataModule(LightningDataModule):
             ids.
         sequences: How many sequences to calibrate on. 128, as in the papers.
         sequence_length: Tokens in a sequence. 2048, as in the papers.
-        evaluation: Texts to evaluate on; ``None`` takes further texts of ``dataset``.
-        evaluation_sequences: How many sequences to evaluate on.
+        evaluation: Texts to evaluate on; ``None`` takes further texts of ``dataset``. Several, by
+            name, are evaluated together and each on its own: ``{"wiki": ..., "code": ...}``.
+        evaluation_sequences: How many sequences to evaluate on, of each if there are several.
         training_sequences: How many sequences to train on in ``fit``: texts of ``dataset`` that are
             in neither other part.
         batch_size: Sequences in a batch.
@@ -90,7 +98,7 @@ class CalibrationDataModule(LightningDataModule):
         *,
         sequences: int = 128,
         sequence_length: int = 2048,
-        evaluation: Texts | None = None,
+        evaluation: Evaluation = None,
         evaluation_sequences: int = 64,
         training_sequences: int = 0,
         batch_size: int = 1,
@@ -107,6 +115,8 @@ class CalibrationDataModule(LightningDataModule):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1")
+        if isinstance(evaluation, Mapping) and not (evaluation and all(evaluation)):
+            raise ValueError("evaluation is a mapping: give it one text at least, each with a name")
         if training_sequences < 0:
             raise ValueError(f"training_sequences is {training_sequences}; it must not be negative")
         self.dataset = dataset
@@ -135,12 +145,13 @@ class CalibrationDataModule(LightningDataModule):
         if self._parts:
             return
         tokens = self._tokens(self.dataset)
-        calibration = self._pack(tokens, self.sequences, "calibration")
-        other = tokens if self.evaluation is None else self._tokens(self.evaluation)
-        evaluation = self._pack(other, self.evaluation_sequences, "evaluation")
-        self._parts = {"calibration": calibration, "evaluation": evaluation}
+        parts = {"calibration": self._pack(tokens, self.sequences, "calibration")}
+        for part, texts in self._evaluated().items():
+            other = tokens if texts is None else self._tokens(texts)
+            parts[part] = self._pack(other, self.evaluation_sequences, part)
         if self.training_sequences:
-            self._parts["training"] = self._pack(tokens, self.training_sequences, "training")
+            parts["training"] = self._pack(tokens, self.training_sequences, "training")
+        self._parts = parts
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Batches of ``{"input_ids": (batch_size, sequence_length)}`` to calibrate on."""
@@ -156,17 +167,18 @@ class CalibrationDataModule(LightningDataModule):
             raise ValueError("there is nothing to train on: give training_sequences=…")
         return self._loader("training")
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Batches to evaluate on.
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Batches to evaluate on; by name, if there are several texts.
 
         With several processes, rows in which nothing is to be predicted make the set divisible, so
         that Lightning's sampler repeats none and the perplexity is that of one process.
         """
-        return self._loader("evaluation")
+        loaders = {part.partition("/")[2]: self._loader(part) for part in self._evaluated()}
+        return loaders.get("", loaders)
 
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def test_dataloader(self) -> EVAL_DATALOADERS:
         """The same batches as ``val_dataloader``."""
-        return self._loader("evaluation")
+        return self.val_dataloader()
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -192,9 +204,15 @@ class CalibrationDataModule(LightningDataModule):
     def _loader(self, part: str) -> DataLoader[dict[str, Tensor]]:
         self.setup()
         rows: Any = [{"input_ids": ids} for ids in self._parts[part]]
-        if part == "evaluation":
+        if part in self._evaluated():
             rows = _filled_up(rows, self._processes)
         return DataLoader(rows, batch_size=self.batch_size)
+
+    def _evaluated(self) -> dict[str, Texts | None]:
+        """Part to what is evaluated on there."""
+        if isinstance(self.evaluation, Mapping):
+            return {f"{EVALUATION}/{name}": texts for name, texts in self.evaluation.items()}
+        return {EVALUATION: self.evaluation}
 
     @property
     def _processes(self) -> int:
@@ -278,7 +296,9 @@ def _shuffled(texts: Iterable[Any], seed: int) -> Iterable[Any]:
     return (texts[i] for i in order)
 
 
-def _described(source: Texts | None) -> Any:
+def _described(source: Evaluation) -> Any:
+    if isinstance(source, Mapping):
+        return {"sets": {name: _described(texts) for name, texts in source.items()}}
     if isinstance(source, TextSource):
         return asdict(source)
     if isinstance(source, PathLike):

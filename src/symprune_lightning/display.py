@@ -37,15 +37,15 @@ def layer_bar(console: Console) -> Iterator[OnLayer]:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
-        TextColumn("{task.fields[memory]}"),
+        TextColumn("{task.fields[used]}"),
     )
+    start = time.monotonic()
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("collecting inputs", total=None, memory="")
+        task = progress.add_task("collecting inputs", total=None, used="")
 
         def on_layer(report: LayerReport, done: int, total: int) -> None:
-            progress.update(
-                task, completed=done, total=total, description=report.name, memory=peak_memory()
-            )
+            used = f"{_speed(report, done / total, start)}{peak_memory()}"
+            progress.update(task, completed=done, total=total, description=report.name, used=used)
 
         yield on_layer
 
@@ -61,7 +61,8 @@ def block_lines(console: Console) -> OnLayer:
         mean = f"error {sum(errors) / len(errors):.5f}  " if errors else ""
         console.print(
             f"pruned {done:>4} of {total} layers  {_block(before[-1].name):<24}{mean}"
-            f"{taken:.0f} s, {taken / done * (total - done):.0f} s left  {peak_memory()}",
+            f"{taken:.0f} s, {taken / done * (total - done):.0f} s left  "
+            f"{_speed(before[-1], done / total, start)}{peak_memory()}",
             highlight=False,
         )
         errors.clear()
@@ -76,6 +77,12 @@ def block_lines(console: Console) -> OnLayer:
             line(done, total)
 
     return on_layer
+
+
+def _speed(report: LayerReport, part: float, start: float) -> str:
+    """Calibration tokens a second through the whole model, by the part that is done."""
+    seconds = max(time.monotonic() - start, 1e-9)
+    return f"{report.tokens * part / seconds:,.0f} tokens/s  " if report.tokens else ""
 
 
 def peak_memory() -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torchmetrics import Metric
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
@@ -62,7 +63,8 @@ class CausalLMModule(LightningModule):
     """Wraps a causal language model for pruning, evaluation and fine-tuning.
 
     Evaluation logs ``val_loss`` (mean nats per token) and ``val_perplexity`` (``test_…`` in
-    ``test``), both exact over the whole set; training logs ``train_loss``.
+    ``test``), both exact over the whole set; training logs ``train_loss``. Of several dataloaders,
+    these are over all tokens, and ``val_perplexity/<name>`` is over those of one.
 
     Args:
         pretrained: Hub name, local folder, path of a ``.gguf`` file, or a model that is loaded
@@ -108,6 +110,7 @@ class CausalLMModule(LightningModule):
         self.trust_remote_code = trust_remote_code
         self.val_perplexity = TokenPerplexity(ignore_index=IGNORE)
         self.test_perplexity = TokenPerplexity(ignore_index=IGNORE)
+        self._by_loader: dict[str, TokenPerplexity] = {}
 
     def configure_model(self) -> None:
         """Load the model, once, and shard it if the strategy is ``ModelParallelStrategy``.
@@ -164,13 +167,15 @@ class CausalLMModule(LightningModule):
         """Lightning's ``log`` looks at signatures, which compiled code can't."""
         self.log("train_loss", loss, prog_bar=True)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the perplexity."""
-        self.val_perplexity.update(self(batch), _targets(batch))
+        metric = self._metric(self.val_perplexity, "val_dataloaders", dataloader_idx)
+        metric.update(self(batch), _targets(batch))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the perplexity."""
-        self.test_perplexity.update(self(batch), _targets(batch))
+        metric = self._metric(self.test_perplexity, "test_dataloaders", dataloader_idx)
+        metric.update(self(batch), _targets(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Log the perplexity over all batches and ranks."""
@@ -184,10 +189,29 @@ class CausalLMModule(LightningModule):
         """AdamW at a constant rate."""
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
 
+    def _metric(self, whole: TokenPerplexity, loaders: str, index: int) -> TokenPerplexity:
+        """What a batch is added to: a metric for each loader, if there are several."""
+        found = None if self._trainer is None else getattr(self._trainer, loaders)
+        if isinstance(found, Mapping):
+            name = str(list(found)[index])
+        elif isinstance(found, Sequence) and len(found) > 1:
+            name = str(index)
+        else:
+            return whole
+        if name not in self._by_loader:
+            self._by_loader[name] = TokenPerplexity(ignore_index=IGNORE).to(self.device)
+        return self._by_loader[name]
+
     def _log_perplexity(self, stage: str, metric: TokenPerplexity) -> None:
-        perplexity = metric.compute()
+        parts = {f"{stage}_perplexity/{k}": part for k, part in self._by_loader.items()}
+        whole: Metric = metric if not parts else next(iter(parts.values())).clone()
+        for part in list(parts.values())[1:]:
+            whole.merge_state(part)
+        perplexity = whole.compute()
+        self._by_loader.clear()
         metric.reset()
         figures = {f"{stage}_loss": perplexity.log(), f"{stage}_perplexity": perplexity}
+        figures |= {name: part.compute() for name, part in parts.items()}
         # equal on all processes already; told so, Lightning does not warn
         self.log_dict(figures, prog_bar=True, sync_dist=True)
 

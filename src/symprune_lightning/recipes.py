@@ -77,14 +77,12 @@ def instantiate(arguments: Sequence[str]) -> PruningCLI:
     Args:
         arguments: Those of ``symprune prune``, such as ``["--config", "recipes/ria.yaml"]``.
     """
-    with warnings.catch_warnings():  # of arguments that are not those of the command line
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-        return _cli(args=list(arguments), run=False)
+    return _cli(arguments, run=False)
 
 
-def run() -> None:
-    """Do what the command line says."""
-    _cli()
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Do what the arguments say; ``None`` for those of the command line."""
+    _cli(arguments)
 
 
 def recipe_files() -> list[Path]:
@@ -94,16 +92,20 @@ def recipe_files() -> list[Path]:
     return sorted(folder.glob("*.yaml"))
 
 
-def _cli(**options: Any) -> PruningCLI:
-    return PruningCLI(
-        CausalLMModule,
-        CalibrationDataModule,
-        trainer_class=Trainer,
-        parser_class=PlainPathParser,
-        save_config_callback=None,
-        seed_everything_default=0,
-        **options,
-    )
+def _cli(arguments: Sequence[str] | None, *, run: bool = True) -> PruningCLI:
+    with warnings.catch_warnings():
+        if arguments is not None:  # it warns of any that are not those of the command line
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        return PruningCLI(
+            CausalLMModule,
+            CalibrationDataModule,
+            trainer_class=Trainer,
+            parser_class=PlainPathParser,
+            save_config_callback=None,
+            seed_everything_default=0,
+            args=None if arguments is None else list(arguments),
+            run=run,
+        )
 
 
 def _in_words(pruner: PruningCallback, output: str | None) -> str:

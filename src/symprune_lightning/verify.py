@@ -229,19 +229,26 @@ def _data(folder: Path, settings: dict[str, Any] | None) -> CalibrationDataModul
     settings = dict(settings)
     hashes = settings.pop("sha256")
     for part in ("dataset", "evaluation"):
-        source = settings[part]
-        if isinstance(source, dict):
-            if "iterable" in source:
-                raise _NotAtHandError("it was evaluated on texts in somebody's memory")
-            settings[part] = TextSource(**source)
+        settings[part] = _source(settings[part])
     try:
         data = CalibrationDataModule(settings.pop("dataset"), str(folder), **settings)
         now = data.hashes
     except Exception as error:
         raise _NotAtHandError(f"its data can't be had here ({error})") from error
-    if now["evaluation"] != hashes["evaluation"]:
+    if any(hashes.get(k) != v for k, v in now.items() if k.startswith("evaluation")):
         raise _NotAtHandError("the evaluation data gives other tokens here than it gave then")
     return data
+
+
+def _source(described: Any) -> Any:
+    """The texts that the manifest describes."""
+    if not isinstance(described, dict):
+        return described
+    if "iterable" in described:
+        raise _NotAtHandError("it was evaluated on texts in somebody's memory")
+    if "sets" in described:
+        return {name: _source(texts) for name, texts in described["sets"].items()}
+    return TextSource(**described)
 
 
 def report(folder: str, perplexity: bool = True, trust_remote_code: bool = False) -> None:

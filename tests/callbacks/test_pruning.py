@@ -122,6 +122,27 @@ def test_perplexity_is_that_of_the_pruned_model_over_all_tokens():
     assert metrics["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_perplexity_of_several_named_sets():
+    sets = {"low": [list(range(3, 19))] * 3, "high": [list(range(40, 56))] * 2}
+    sizes = {"sequences": 2, "sequence_length": 16}
+    several = CalibrationDataModule(sets["low"], evaluation=sets, evaluation_sequences=2, **sizes)
+    prune, model = SymPrune(), module()
+    metrics = quiet().validate(model, datamodule=several, callbacks=prune, verbose=False)
+    alone = {}
+    for name, ids in sets.items():
+        one = CalibrationDataModule(ids, evaluation=ids, evaluation_sequences=2, **sizes)
+        (found,) = quiet().validate(model, datamodule=one, verbose=False)
+        alone[f"val_perplexity/{name}"] = found["val_perplexity"]
+    for name, perplexity in alone.items():
+        assert prune.sparse_metrics[name] == pytest.approx(perplexity, rel=1e-6)
+    both = torch.tensor(list(alone.values())).log().mean().exp()  # of as many tokens each
+    assert prune.sparse_metrics["val_perplexity"] == pytest.approx(both.item(), rel=1e-5)
+    assert prune.dense_metrics.keys() == prune.sparse_metrics.keys()
+    assert len(metrics) == 2
+    lists = quiet().test(model, list(several.test_dataloader().values()), verbose=False)
+    assert lists[0]["test_perplexity/1"] == pytest.approx(alone["val_perplexity/high"], rel=1e-6)
+
+
 def test_without_baseline_there_are_no_dense_metrics():
     prune = SymPrune(baseline=False)
     quiet().validate(module(), datamodule=data(), callbacks=prune, verbose=False)
