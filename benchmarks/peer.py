@@ -183,6 +183,7 @@ def evaluated(data: Any, name: str) -> dict[str, float]:
     from symprune_lightning import CausalLMModule, Trainer
 
     module = CausalLMModule(str(ROOT / "dense"))
+    module.configure_model()
     state = load_file(ROOT / f"{name}.safetensors")
     with torch.no_grad():
         for key, value in state.items():

@@ -120,8 +120,11 @@ def test_streaming_writes_the_same_weights(model, monkeypatch, capsys):
     recipe = next(path for path in RECIPES if path.stem == "ria-exactswap")
     arguments = ["prune", "--config", recipe, *small(model)]
     symprune(monkeypatch, *arguments, "--output", model / "whole")
-    symprune(monkeypatch, *arguments, "--output", model / "streamed", "--stream", "true")
-    assert "checkpoint: " in capsys.readouterr().out
+    streaming = ["--output", model / "streamed", "--stream", "true", "--json"]
+    symprune(monkeypatch, *arguments, *streaming)
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["output"] == str(model / "streamed")
+    assert said["seconds"] > 0
     whole, streamed = (
         AutoModelForCausalLM.from_pretrained(model / name).state_dict()
         for name in ("whole", "streamed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -263,8 +264,9 @@ class Trainer(pl.Trainer):
                 on_scores=score_watcher(self),
                 progress=progress,
             )
+            start = time.perf_counter()
             result = callback.prune(checkpoint, batches, 1.0, **run)
-            callback.result = result
+            callback.result, callback.seconds = result, time.perf_counter() - start
             checkpoint.finish(self._manifest(module, datamodule, callback, result))
         return result
 
