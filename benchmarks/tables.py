@@ -39,7 +39,7 @@ def processor() -> str:
 def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     print("# Benchmarks\n")
-    print("Written by `make bench`; every section is what one script of `benchmarks/` printed.\n")
+    print("Each section is what a script of `benchmarks/` printed; `make bench` runs them all.\n")
     print(f"{processor()}, {os.cpu_count()} cores, no GPU used; {platform.system()},", end=" ")
     print(f"Python {platform.python_version()}, {versions}.")
 
