@@ -216,6 +216,27 @@ def _interrupted(*_):
     raise KeyboardInterrupt
 
 
+def test_a_score_in_the_folder_where_one_is(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "my_score.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from symprune_lightning import Magnitude\n"
+        "@dataclass(frozen=True)\n"
+        "class Least(Magnitude):\n"
+        "    power: float = 1.0\n"
+        "    def __call__(self, weight, statistics):\n"
+        "        return -weight.abs() ** self.power\n"
+    )
+    recipe = next(p for p in RECIPES if p.stem == "magnitude")
+    command = [str(Path(sys.executable).parent / "symprune"), "prune", "--config", str(recipe)]
+    command += [*small(model), "--output", str(model / "out")]
+    score = "--trainer.callbacks.init_args.score"
+    command += [score, "my_score.Least", f"{score}.power", "2"]
+    subprocess.run(command, check=True, cwd=folder)
+    manifest = json.loads((model / "out" / "sparsity_manifest.json").read_text())
+    assert manifest["settings"]["score"] == {"name": "Least", "power": 2.0}
+
+
 def test_help_is_short(monkeypatch, capsys):
     for arguments in ([], ["--help"]):
         symprune(monkeypatch, *arguments)

@@ -142,6 +142,8 @@ COMMANDS: dict[str, Callable[[list[str]], object]] = {
 def main() -> None:
     """Entry point of ``symprune``."""
     command, rest = sys.argv[1:2], sys.argv[2:]
+    # recipes may name classes of the user's; last, so that nothing installed is hidden
+    sys.path.append(os.getcwd())
     try:
         if command in ([], ["--help"], ["-h"]):
             print(HELP, end="")
