@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from symprune_lightning import CalibrationDataModule, ExactSwap, R2DSnoT, prune_model
 from symprune_lightning.pretrained import load_model
-from tables import say, section
+from tables import median_and_range, say, section
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude (no data)": {"score": "magnitude"},
@@ -111,8 +111,7 @@ def rows(times: dict[str, list[float]]) -> Iterator[list[str]]:
         yield [
             name,
             f"{statistics.median(values):.1f}",
-            f"{statistics.median(whole):.2f}",
-            f"{min(whole):.2f} – {max(whole):.2f}",
+            *median_and_range(whole),
             f"{statistics.median(inner):.2f}",
         ]
 

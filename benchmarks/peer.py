@@ -21,7 +21,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from tables import say, section
+from tables import median_and_range, say, section
 
 ROOT = Path("runs/peer")
 OURS: dict[str, dict[str, Any]] = {
@@ -129,14 +129,14 @@ def main() -> None:
     rounds = [one_round(options, python, seed) for seed in range(options.rounds)]
     names = [*OURS, PEER]
     ratios = [found[PEER]["seconds"] / found["Wanda"]["seconds"] for found in rounds]
+    slower, extent = median_and_range(ratios)
     section(
         "Beside llm-compressor",
         f"`benchmarks/peer.py`: llm-compressor {rounds[0][PEER]['version']}, newest on PyPI, in an "
         f"environment of its own, told to spare the tied output projection; SmolLM2-135M-Instruct, "
         f"{options.sparsity:.0%}, {options.sequences} × {options.length} tokens, float32; medians "
         f"of {options.rounds} rounds with texts of their own. Its Wanda takes "
-        f"{statistics.median(ratios):.2f} × the time of ours "
-        f"({min(ratios):.2f} – {max(ratios):.2f}).",
+        f"{slower} × the time of ours ({extent}).",
         ("", "seconds", "× forward", "sparsity", "perplexity", "by round"),
         [row(name, rounds) for name in names],
     )

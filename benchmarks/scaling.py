@@ -22,7 +22,7 @@ from torch import distributed, multiprocessing
 
 from symprune_lightning import CalibrationDataModule, ExactSwap, Ranks, prune_model
 from symprune_lightning.pretrained import load_model
-from tables import section
+from tables import median_and_range, section
 
 METHODS: dict[str, dict[str, Any]] = {
     "RIA": {"score": "ria"},
@@ -92,8 +92,7 @@ def row(name: str, runs: list[tuple[dict[str, float], dict[str, float]]]) -> lis
         name,
         f"{statistics.median(one):.1f}",
         f"{statistics.median(two):.1f}",
-        f"{statistics.median(ratios):.2f}",
-        f"{min(ratios):.2f} – {max(ratios):.2f}",
+        *median_and_range(ratios),
     ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -21,6 +22,11 @@ def section(title: str, about: str, heading: Sequence[str], rows: Iterable[Seque
     for row in (heading, ("---", *["---:"] * (len(heading) - 1)), *rows):
         print(f"| {' | '.join(row)} |")
     sys.stdout.flush()
+
+
+def median_and_range(ratios: Sequence[float]) -> tuple[str, str]:
+    """Two cells of a table."""
+    return f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} – {max(ratios):.2f}"
 
 
 def say(what: str) -> None:

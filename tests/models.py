@@ -34,7 +34,7 @@ def gpt2() -> tf.PreTrainedModel:
     return tf.GPT2LMHeadModel(config)
 
 
-def opt() -> tf.PreTrainedModel:
+def opt(embedding: int = 32) -> tf.PreTrainedModel:
     config = tf.OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -42,7 +42,7 @@ def opt() -> tf.PreTrainedModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=128,
-        word_embed_proj_dim=32,
+        word_embed_proj_dim=embedding,
     )
     return tf.OPTForCausalLM(config)
 

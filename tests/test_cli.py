@@ -122,7 +122,9 @@ def test_streaming_writes_the_same_weights(model, monkeypatch, capsys):
     symprune(monkeypatch, *arguments, "--output", model / "whole")
     streaming = ["--output", model / "streamed", "--stream", "true", "--json"]
     symprune(monkeypatch, *arguments, *streaming)
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr().out
+    assert "checkpoint: " in printed
+    said = json.loads(printed.splitlines()[-1])
     assert said["output"] == str(model / "streamed")
     assert said["seconds"] > 0
     whole, streamed = (

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM
 
 from symprune_lightning import PruningWarning, StreamedCheckpoint, prune_model
 from symprune_lightning.engine.layers import LM_HEAD
-from tests.models import LANGUAGE, batches, build, llama
+from tests.models import LANGUAGE, batches, build, llama, opt
 
 METHODS = {
     "ria": {"score": "ria"},
@@ -93,17 +93,16 @@ def test_layers_that_are_ignored(tmp_path, ignored, schedule):
     same_as_whole(tmp_path, {"ignore": IGNORED[ignored], "schedule": schedule}, batches())
 
 
+def test_layers_that_are_ignored_are_written_dense(tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    stream(tmp_path, {"ignore": IGNORED["the first block"]}, batches())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").model.layers
+    assert (loaded[0].mlp.up_proj.weight != 0).all()
+    assert (loaded[1].mlp.up_proj.weight == 0).float().mean() == 0.5
+
+
 def test_linear_layers_before_the_blocks(tmp_path):
-    config = OPTConfig(
-        vocab_size=64,
-        hidden_size=16,
-        word_embed_proj_dim=8,
-        ffn_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    OPTForCausalLM(config).save_pretrained(tmp_path / "dense")
+    opt(embedding=8).save_pretrained(tmp_path / "dense")
     same_as_whole(tmp_path, {"ignore": ["re:.*project_(in|out)"]}, batches())
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from symprune_lightning.datamodule import CalibrationDataModule, TextSource
+from symprune_lightning.datamodule import EVALUATION, CalibrationDataModule, TextSource
 from symprune_lightning.export import MANIFEST
 from symprune_lightning.masks import layers_of, stored_masks
 from symprune_lightning.module import CausalLMModule
@@ -235,7 +235,7 @@ def _data(folder: Path, settings: dict[str, Any] | None) -> CalibrationDataModul
         now = data.hashes
     except Exception as error:
         raise _NotAtHandError(f"its data can't be had here ({error})") from error
-    if any(hashes.get(k) != v for k, v in now.items() if k.startswith("evaluation")):
+    if any(hashes.get(k) != v for k, v in now.items() if k.startswith(EVALUATION)):
         raise _NotAtHandError("the evaluation data gives other tokens here than it gave then")
     return data
 
