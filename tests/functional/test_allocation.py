@@ -25,7 +25,8 @@ def shares(sizes, outliers=(), allocation=OWL()):  # noqa: B008
         found.append(
             Share(
                 name=f"layer{i}",
-                weights=weight.numel(),
+                groups=size,
+                group_size=20,
                 block=i,
                 depth=i / max(1, len(sizes) - 1),
                 measured=allocation.measure(
@@ -47,14 +48,23 @@ def shares(sizes, outliers=(), allocation=OWL()):  # noqa: B008
 def test_total_is_met_and_no_layer_is_out_of_range(allocation, sizes, sparsity):
     layers = shares(sizes, (0, 2), allocation)
     levels = allocation(layers, sparsity)
-    total = sum(levels[s.name] * s.weights for s in layers) / sum(s.weights for s in layers)
-    assert total == pytest.approx(sparsity, abs=1e-9)
+    wanted = sum(s.zeros(sparsity) for s in layers)
+    assert sum(s.zeros(levels[s.name]) for s in layers) >= wanted
+    lower = [max(levels[s.name] - 1e-6, 0) for s in layers]
+    assert sum(map(Share.zeros, layers, lower)) < wanted or not any(lower), "no more than it takes"
     assert all(0 <= level <= 0.99 for level in levels.values())
+
+
+def test_zeros_are_what_the_pattern_prunes():
+    share = Share(name="layer", groups=3, group_size=10, block=0, depth=0.0)
+    assert share.weights == 30
+    assert share.zeros(0.57) == 3 * 5
 
 
 def test_progression_is_arithmetic():
     levels = list(Progression(0.2)(shares([10] * 5), 0.6).values())
     assert levels == pytest.approx([0.5, 0.55, 0.6, 0.65, 0.7])
+    assert list(Progression()(shares([10]), 0.6).values()) == pytest.approx([0.6])
 
 
 def test_owl_spares_blocks_with_outliers():

@@ -86,17 +86,21 @@ class Division:
         blocks = self.method.blocks
         last = max(blocks.values())
         measured = self._measured(allocation)
-        shares = [
-            Share(
-                name=layer.name,
-                weights=layer.parameter.numel(),
-                block=blocks[layer.name],
-                depth=blocks[layer.name] / max(last, 1),
-                measured=measured[layer.name],
-            )
-            for layer in self.layers
-            if layer.name in measured
-        ]
+        shares = []
+        for layer in self.layers:
+            if layer.name in measured:
+                whole = torch.empty(layer.shape, device="meta")
+                groups, group_size = self.method.patterns[layer.name].groups(whole).shape
+                shares.append(
+                    Share(
+                        name=layer.name,
+                        groups=groups,
+                        group_size=group_size,
+                        block=blocks[layer.name],
+                        depth=blocks[layer.name] / max(last, 1),
+                        measured=measured[layer.name],
+                    )
+                )
         levels = dict.fromkeys(blocks, sparsity) | allocation(shares, sparsity)
         return with_sparsity(self.method, levels)
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from symprune_lightning.functional.patterns import Unstructured
 from symprune_lightning.functional.statistics import Need, Statistics
 
 MOST = 0.99
@@ -22,17 +22,28 @@ class Share:
 
     Attributes:
         name: The layer's name.
-        weights: How many weights it has.
+        groups: How many groups of weights it has, each with the layer's sparsity.
+        group_size: Weights in a group.
         block: Index of its decoder block, in order.
         depth: 0 in the first block, 1 in the last.
         measured: What the allocation's ``measure`` made of it.
     """
 
     name: str
-    weights: int
+    groups: int
+    group_size: int
     block: int
     depth: float
     measured: Any = None
+
+    @property
+    def weights(self) -> int:
+        """How many weights the layer has."""
+        return self.groups * self.group_size
+
+    def zeros(self, sparsity: float) -> int:
+        """How many of them are pruned at a sparsity, which each group rounds down."""
+        return self.groups * Unstructured(sparsity).pruned(self.group_size)
 
 
 class Allocation(ABC):
@@ -42,7 +53,11 @@ class Allocation(ABC):
     """Statistics of the dense model; any cost one more forward, before pruning."""
 
     def __call__(self, shares: Sequence[Share], sparsity: float) -> dict[str, float]:
-        """Sparsity of each layer, such that together they have the one asked for.
+        """Sparsity of each layer, such that as many weights are pruned as without an allocation.
+
+        Every group rounds its zeros down, and the levels are found with that in mind: the total is
+        what ``sparsity`` in every layer would give, or above it by one weight of each group in some
+        layers.
 
         Args:
             shares: The layers.
@@ -53,10 +68,8 @@ class Allocation(ABC):
         """
         if sparsity > MOST:
             raise ValueError(f"sparsity {sparsity} leaves an allocation nothing to divide")
-        wanted = torch.tensor(self.divide(shares, sparsity), dtype=torch.float64)
-        weights = torch.tensor([share.weights for share in shares], dtype=torch.float64)
-        levels = _shifted(wanted, weights / weights.sum(), sparsity)
-        return {share.name: float(s) for share, s in zip(shares, levels, strict=True)}
+        levels = _shifted(self.divide(shares, sparsity), shares, sparsity)
+        return {share.name: level for share, level in zip(shares, levels, strict=True)}
 
     def measure(self, weight: Tensor, statistics: Statistics) -> Any:
         """What `divide` has to know of a dense layer; nothing, unless an allocation says.
@@ -177,13 +190,21 @@ class OWL(Allocation):
         return [sparsity - (spread[share.block] - middle) for share in shares]
 
 
-def _shifted(wanted: Tensor, share: Tensor, sparsity: float) -> Tensor:
-    """``wanted`` plus one constant, within [0, 0.99], so that the weighted mean is ``sparsity``."""
+def _shifted(wanted: Sequence[float], shares: Sequence[Share], sparsity: float) -> list[float]:
+    """``wanted`` plus the least constant, within [0, 0.99], that prunes as much as ``sparsity``."""
+
+    def zeros(levels: Sequence[float]) -> int:
+        return sum(share.zeros(level) for share, level in zip(shares, levels, strict=True))
+
+    def shifted(constant: float) -> list[float]:
+        return [min(max(level + constant, 0.0), MOST) for level in wanted]
+
+    least = zeros([sparsity] * len(shares))
     low, high = -2.0, 2.0
-    for _ in range(80):
+    for _ in range(60):
         middle = (low + high) / 2
-        if float(((wanted + middle).clamp(0, MOST) * share).sum()) < sparsity:
+        if zeros(shifted(middle)) < least:
             low = middle
         else:
             high = middle
-    return (wanted + high).clamp(0, MOST)
+    return shifted(high)
