@@ -11,8 +11,8 @@ from torch import Tensor
 from symprune_lightning.functional.refiners.base import MaskRefiner
 from symprune_lightning.functional.statistics import Need, Statistics
 
-CHUNK = 2**18
-"""Weights that are refined together: few enough to stay in the cache."""
+CHUNK = 2**20
+"""Weights that are refined together: bounds what a layer with many rows takes in memory."""
 
 SHORTLIST = 16
 """Weights to grow, and weights to prune, of which all pairs are looked at (N:M: groups)."""
