@@ -110,6 +110,16 @@ def test_mistakes_are_one_line(model, monkeypatch, arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_wrong_option_is_not_buried_under_all_the_right_ones(model, monkeypatch, capsys):
+    callback = "--trainer.callbacks=NoSuchCallback"
+    with pytest.raises(SystemExit):
+        symprune(monkeypatch, "prune", "--config", RECIPES[0], *small(model), callback)
+    told = capsys.readouterr().err
+    assert told.startswith("usage: symprune prune [options]\n")
+    assert "NoSuchCallback" in told
+    assert "--trainer.accelerator" not in told
+
+
 def test_the_command_is_installed_and_has_help():
     command = Path(sys.executable).parent / "symprune"
     run = subprocess.run([command, "prune", "--help"], capture_output=True, text=True, check=True)

@@ -105,6 +105,10 @@ def _cli(arguments: Sequence[str] | None, *, run: bool = True) -> PruningCLI:
             seed_everything_default=0,
             args=None if arguments is None else list(arguments),
             run=run,
+            # the default lists every option, before any message
+            parser_kwargs={
+                name: {"usage": f"symprune {name} [options]"} for name in PruningCLI.subcommands()
+            },
         )
 
 
