@@ -158,12 +158,13 @@ class _Bench:
     def row(self, name: str, project: PruningCLI) -> Row:
         """What is known of a recipe, or comes of it now."""
         pruner = _pruner(project)
-        what = {
+        asked = {
             "model": self.module.pretrained,
             "dtype": self.module.dtype_name,
             "settings": pruner.settings,
             "data": self.data.settings,
         }
+        what = json.loads(json.dumps(asked))  # as it is when read back: no tuples
         known = self.known.get(name)
         if known is not None and known["what"] == what and known["row"]["error"] is None:
             return Row(**known["row"])
@@ -171,7 +172,7 @@ class _Bench:
             row = self._run(name, project, pruner)
         except Exception as error:  # told in the table; the others go on
             row = Row(name, error=f"{type(error).__name__}: {error}")
-        self.known[name] = {"what": json.loads(json.dumps(what)), "row": asdict(row)}
+        self.known[name] = {"what": what, "row": asdict(row)}
         return row
 
     def keep(self) -> None:

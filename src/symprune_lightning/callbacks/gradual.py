@@ -14,7 +14,7 @@ class Gradual:
 
     Attributes:
         end: Optimizer step before which the final sparsity is reached.
-        start: Optimizer step before which the model is pruned for the first time.
+        start: Optimizer step at which the share is still 0; the first pruning is ``every`` later.
         every: Optimizer steps from one pruning to the next; each sends the calibration batches
             through the model.
 
