@@ -16,7 +16,7 @@ install: .venv/installed
 	touch $@
 
 demo: install  ## prune SmolLM2-135M-Instruct, evaluate it before and after, write checkpoint and report
-	$(BIN)/symprune prune --config recipes/ria-exactswap.yaml --model.pretrained "$(MODEL)" --output runs/demo --trainer.callbacks+=symprune_lightning.report.Report
+	$(BIN)/symprune prune --config ria-exactswap --model.pretrained "$(MODEL)" --output runs/demo --trainer.callbacks+=symprune_lightning.Report
 
 test: lint docs  ## everything: lint, types, documentation, all tests
 	$(BIN)/pytest

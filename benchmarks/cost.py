@@ -1,11 +1,11 @@
-"""What pruning costs, as a multiple of a plain forward of the same batches in the same process.
+"""Cost of pruning as a multiple of a plain forward of the same batches in the same process.
 
     python benchmarks/cost.py MODEL [--rounds 3] [--sequences 32] [--length 512] [--batch 4]
 
-MODEL is anything that CausalLMModule takes. Every round runs each method once, in turn, on a model
-that is made dense again; the table gives the median ratio over rounds and its range. "forward" is
-the whole model; the schedules stop at the last prunable layer, so "without the output projection"
-is given too.
+MODEL is any model that CausalLMModule accepts. Every round runs each method once on the dense
+model, whose weights are restored in between; the table lists the median ratio over rounds and its
+range. "forward" is the full model; pruning stops after the last prunable layer, so the time without
+the output projection is listed too.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import torch
 from transformers import PreTrainedModel
 
 from symprune_lightning import CalibrationDataModule, ExactSwap, R2DSnoT, prune_model
-from symprune_lightning.pretrained import load_model
-from tables import median_and_range, say, section
+from symprune_lightning.checkpoints.pretrained import load_model
+from tables import log, median_and_range, section
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude (no data)": {"score": "magnitude"},
     "Wanda": {"score": "wanda"},
     "RIA": {"score": "ria"},
-    "RIA, schedule block": {"score": "ria", "schedule": "block"},
+    "RIA, order block": {"score": "ria", "calibration_order": "block"},
     "RIA + R²-DSnoT": {"score": "ria", "refine": R2DSnoT()},
     "RIA + R²-DSnoT, guard gram": {"score": "ria", "refine": R2DSnoT(guard="gram")},
     "RIA + ExactSwap": {"score": "ria", "refine": ExactSwap()},
@@ -69,7 +69,7 @@ def main() -> None:
     about = (
         f"`benchmarks/cost.py`: SmolLM2-135M-Instruct, {options.sequences} × {options.length} "
         f"tokens, float32, {torch.get_num_threads()} threads; medians of {options.rounds} rounds. "
-        f"*Forward* is the whole model; pruning does not run the output projection."
+        f"*Forward* is the full model; pruning does not run the output projection."
     )
     section(
         "Cost in plain forwards",
@@ -89,8 +89,8 @@ def measure(
     body = model.base_model
     forward(model, batches[:1])
     times: dict[str, list[float]] = {}
-    for turn in range(rounds):
-        say(f"round {turn + 1} of {rounds}")
+    for number in range(rounds):
+        log(f"round {number + 1} of {rounds}")
         runs: dict[str, Callable[[], object]] = {
             "forward": lambda: forward(model, batches),
             "forward without the output projection": lambda: forward(body, batches),
@@ -106,13 +106,13 @@ def measure(
 def rows(times: dict[str, list[float]]) -> Iterator[list[str]]:
     body = times["forward without the output projection"]
     for name, values in times.items():
-        whole = [a / b for a, b in zip(values, times["forward"], strict=True)]
-        inner = [a / b for a, b in zip(values, body, strict=True)]
+        full = [a / b for a, b in zip(values, times["forward"], strict=True)]
+        without_head = [a / b for a, b in zip(values, body, strict=True)]
         yield [
             name,
             f"{statistics.median(values):.1f}",
-            *median_and_range(whole),
-            f"{statistics.median(inner):.2f}",
+            *median_and_range(full),
+            f"{statistics.median(without_head):.2f}",
         ]
 
 

@@ -1,21 +1,21 @@
-"""Time and memory of pruning over a plain forward, against tokens, width and depth.
+"""Time and memory of pruning relative to a plain forward, by tokens, width and depth.
 
     python benchmarks/growth.py
 
-Models are Llama-shaped, of random weights; one has the shape of SmolLM2-135M. Each run is a process
-of its own, on the CPU in float32: a forward of the batches without the output projection, which
-pruning does not run either, or pruning by RIA. Memory is the rise of the resident set to its peak
-meanwhile (Linux tells it).
+Models are Llama-shaped with random weights; one has the shape of SmolLM2-135M. Each run is a
+separate process, on the CPU in float32: a forward of the batches without the output projection,
+which pruning does not run either, or pruning by RIA. Memory is the increase of the resident set to
+its peak during the run (Linux only).
 
-The formula, for the schedule ``layer``, in bytes:
+The formula, for the calibration order ``layer``, in bytes:
 
-    tokens · 4 · (2 · hidden + intermediate)    the batches that wait inside a block: the residual
-                                                stream, the normed input and the gate's output
-  + weights pruned                              masks, a byte each
+    tokens · 4 · (2 · hidden + intermediate)    the batches suspended in a block: the residual
+                                                stream, the normalized input and the gate's output
+  + weights pruned                              masks, one byte each
   + 4 · 5 · largest layer                       float32 copies while one layer is scored
 
-It says what is in use. glibc keeps freed pieces between those in use, so each memory is taken
-twice: as things are, and with MALLOC_MMAP_THRESHOLD_, which makes glibc give back what is freed.
+It counts memory in use. glibc keeps freed memory between allocations in use, so every run is
+measured twice: by default, and with MALLOC_MMAP_THRESHOLD_, which makes glibc return freed memory.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from symprune_lightning import prune_model
-from symprune_lightning.engine.layers import prunable_layers
-from tables import say, section
+from symprune_lightning.engine.layers.select import prunable_layers
+from tables import log, section
 
 LENGTH = 512
 MIB = 2**20
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and how much is sent through it."""
+    """Shape of a model, and number of calibration sequences."""
 
     hidden: int = 576
     layers: int = 30
@@ -73,21 +73,21 @@ def model_of(case: Case) -> LlamaForCausalLM:
     return model
 
 
-def of_status(field: str) -> int:
-    """What the kernel says of this process's memory, in bytes."""
+def memory(field: str) -> int:
+    """Return a memory field of ``/proc/self/status``, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
 
 def reset_peak() -> int:
-    """Let the peak begin at what is resident now; says how much that is."""
+    """Reset the peak to the resident memory, and return that."""
     Path("/proc/self/clear_refs").write_text("5")
-    return of_status("VmRSS")
+    return memory("VmRSS")
 
 
 def work(case: Case, part: str) -> dict[str, float]:
-    """Time and memory of one part."""
+    """Measure time and memory of a forward or of pruning."""
     torch.manual_seed(0)
     model = model_of(case)
     batches = [
@@ -107,32 +107,32 @@ def work(case: Case, part: str) -> dict[str, float]:
     seconds = time.perf_counter() - start
     sizes = [layer.parameter.numel() for layer in prunable_layers(model)]
     config = model.config
-    a_token = 4 * (2 * config.hidden_size + config.intermediate_size)
+    bytes_per_token = 4 * (2 * config.hidden_size + config.intermediate_size)
     return {
         "seconds": seconds,
-        "rise": of_status("VmHWM") - before,
-        "formula": case.sequences * LENGTH * a_token + sum(sizes) + 4 * 5 * max(sizes),
+        "rise": memory("VmHWM") - before,
+        "formula": case.sequences * LENGTH * bytes_per_token + sum(sizes) + 4 * 5 * max(sizes),
         "weights": sum(sizes),
     }
 
 
 def run(case: Case, part: str, **environment: str) -> dict[str, float]:
-    """A part in a process of its own."""
+    """Measure in a separate process."""
     command = [sys.executable, __file__, "--part", part, "--case", json.dumps(asdict(case))]
-    done = subprocess.run(
+    process = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
     )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return figures
 
 
 def row(case: Case) -> list[str]:
-    """Figures of a case."""
-    say(f"{case}")
+    """Return the figures of a case as a row of the table."""
+    log(f"{case}")
     forward, pruning = (run(case, part) for part in ("forward", "prune"))
-    tight = {part: run(case, part, **GIVE_BACK) for part in ("forward", "prune")}
-    more = pruning["rise"] - forward["rise"]
-    in_use = tight["prune"]["rise"] - tight["forward"]["rise"]
+    without_freed = {part: run(case, part, **RETURN_FREED) for part in ("forward", "prune")}
+    additional = pruning["rise"] - forward["rise"]
+    in_use = without_freed["prune"]["rise"] - without_freed["forward"]["rise"]
     formula = pruning["formula"]
     return [
         f"{case.sequences * LENGTH:,}",
@@ -141,7 +141,7 @@ def row(case: Case) -> list[str]:
         str(case.layers),
         f"{forward['seconds']:.1f}",
         f"{pruning['seconds'] / forward['seconds']:.2f}",
-        f"{more / MIB:.0f}",
+        f"{additional / MIB:.0f}",
         f"{in_use / MIB:.0f}",
         f"{formula / MIB:.0f}",
         f"{formula / in_use:.2f}",
@@ -157,14 +157,14 @@ def main() -> None:
         print(json.dumps(work(Case(**json.loads(options.case)), options.part)))
         return
     heading = ("tokens", "weights pruned", "hidden", "layers", "forward, s", "pruning, × forward")
-    memory = ("memory over forward, MiB", "of it in use", "formula", "formula / in use")
+    memory_heading = ("additional memory, MiB", "of it in use", "formula", "formula / in use")
     section(
         "Tokens, width and depth",
-        "`benchmarks/growth.py`: pruning Llama-shaped models of random weights by RIA, float32, "
-        "beside a plain forward of the same batches without the output projection, each in a "
-        "process of its own. The formula is in the script; memory that is not in use is kept by "
-        "glibc, and goes with `MALLOC_MMAP_THRESHOLD_=65536`.",
-        (*heading, *memory),
+        "`benchmarks/growth.py`: pruning Llama-shaped models with random weights by RIA, float32, "
+        "relative to a plain forward of the same batches without the output projection, each in a "
+        "separate process. The formula is in the script; memory that is not in use is kept by "
+        "glibc, and returned with `MALLOC_MMAP_THRESHOLD_=65536`.",
+        (*heading, *memory_heading),
         [row(case) for case in CASES],
     )
 

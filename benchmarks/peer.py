@@ -1,12 +1,12 @@
-"""Wanda here and in llm-compressor: time and perplexity on the same model and tokens.
+"""Comparison with llm-compressor: time and perplexity of Wanda on the same model and tokens.
 
     python benchmarks/peer.py MODEL [--rounds 3] [--sparsity 0.5] [--sequences 16] [--length 512]
 
-Makes a virtual environment of its own for the newest llm-compressor from PyPI, in runs/peer (kept
-for the next call). Every round draws other texts. Each prunes in a process of its own, from the
-same float32 checkpoint and the same token ids; what is timed is the call that prunes, with the
-model loaded. All results of a round are evaluated by the same code on the same text. llm-compressor
-is told to spare the output projection, which is tied to the embeddings.
+Creates a separate virtual environment with the newest llm-compressor from PyPI in runs/peer (kept
+for the next call). Every round uses other texts. Each library prunes in a separate process, from
+the same float32 checkpoint and the same token ids; the time of the pruning call is measured, with
+the model loaded. All results of a round are evaluated by the same code on the same text.
+llm-compressor is configured to ignore the output projection, which is tied to the embeddings.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from tables import median_and_range, say, section
+from tables import log, median_and_range, section
 
 ROOT = Path("runs/peer")
 OURS: dict[str, dict[str, Any]] = {
     "Wanda": {"score": "wanda"},
-    "Wanda, schedule block": {"score": "wanda", "schedule": "block"},
+    "Wanda, order block": {"score": "wanda", "calibration_order": "block"},
     "Wanda, allocation progression": {"score": "wanda", "allocation": "progression"},
 }
 BEST = "Wanda, allocation progression"
@@ -51,7 +51,7 @@ def ours(folder: Path, name: str, sparsity: float) -> dict[str, Any]:
 
 
 def peer(folder: Path, sparsity: float) -> dict[str, Any]:
-    """Prune with llm-compressor; runs in its own environment."""
+    """Prune with llm-compressor; runs in the separate environment."""
     import llmcompressor
     import torch
     from datasets import Dataset
@@ -83,12 +83,12 @@ def peer(folder: Path, sparsity: float) -> dict[str, Any]:
 
 
 def weights(model: Any) -> dict[str, Any]:
-    """Weights of the layers that both prune."""
+    """Return the weights of the layers that both libraries prune."""
     return {n: p.detach().contiguous() for n, p in model.named_parameters() if "_proj" in n}
 
 
 def forward(folder: Path) -> float:
-    """Seconds of a plain forward of the calibration tokens."""
+    """Return the seconds of a plain forward of the calibration tokens."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -104,15 +104,15 @@ def forward(folder: Path) -> float:
 
 
 def child(python: str, part: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run a part in a process of its own."""
+    """Run one part in a separate process, and return its figures."""
     command = [python, __file__, options.model, f"--part={part}", f"--sparsity={options.sparsity}"]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    return figures
 
 
 def environment() -> str:
-    """The Python of llm-compressor's environment, made if it is not there."""
+    """Return the Python of llm-compressor's environment, which is created if it does not exist."""
     python = ROOT / "venv" / "bin" / "python"
     if not python.is_file():
         venv.create(ROOT / "venv", with_pip=True)
@@ -123,41 +123,41 @@ def environment() -> str:
 
 
 def main() -> None:
-    """Prepare, run all in every round, evaluate, print a table."""
+    """Run all methods in every round, evaluate them, and print a table."""
     options = arguments()
     python = environment()
     prepare(options.model)
     rounds = [one_round(options, python, seed) for seed in range(options.rounds)]
     names = [*OURS, PEER]
-    slower, its_times = median_and_range(
-        [found[PEER]["seconds"] / found["Wanda"]["seconds"] for found in rounds]
+    time, time_range = median_and_range(
+        [figures[PEER]["seconds"] / figures["Wanda"]["seconds"] for figures in rounds]
     )
-    lower, perplexities = median_and_range(
-        [found[BEST]["perplexity"] / found[PEER]["perplexity"] for found in rounds]
+    perplexity, perplexity_range = median_and_range(
+        [figures[BEST]["perplexity"] / figures[PEER]["perplexity"] for figures in rounds]
     )
     section(
-        "Beside llm-compressor",
-        f"`benchmarks/peer.py`: llm-compressor {rounds[0][PEER]['version']}, newest on PyPI, in an "
-        f"environment of its own, told to spare the tied output projection; SmolLM2-135M-Instruct, "
+        "Comparison with llm-compressor",
+        f"`benchmarks/peer.py`: llm-compressor {rounds[0][PEER]['version']}, newest on PyPI, in a "
+        f"separate environment, configured to ignore lm_head; SmolLM2-135M-Instruct, "
         f"{options.sparsity:.0%}, {options.sequences} × {options.length} tokens, float32; medians "
-        f"of {options.rounds} rounds with texts of their own. Its Wanda takes {slower} × the time "
-        f"of ours ({its_times}). The perplexity of Wanda with an allocation is {lower} × that of "
-        f"its Wanda ({perplexities}).",
+        f"of {options.rounds} rounds with different texts. Wanda of llm-compressor takes {time} × "
+        f"the time of ours ({time_range}). The perplexity of our Wanda with an allocation is "
+        f"{perplexity} × that of its Wanda ({perplexity_range}).",
         ("", "seconds", "× forward", "sparsity", "perplexity", "by round"),
         [row(name, rounds) for name in names],
     )
 
 
 def prepare(model: str) -> None:
-    """Write the dense checkpoint that all read."""
-    from symprune_lightning.pretrained import load_model, load_tokenizer
+    """Write the dense checkpoint that all runs load."""
+    from symprune_lightning.checkpoints.pretrained import load_model, load_tokenizer
 
     load_model(model, dtype="float32").save_pretrained(ROOT / "dense")
     load_tokenizer(model).save_pretrained(ROOT / "dense")
 
 
 def one_round(options: argparse.Namespace, python: str, seed: int) -> dict[str, dict[str, Any]]:
-    """Seconds, perplexity and sparsity of each."""
+    """Return seconds, perplexity and sparsity by method."""
     import torch
 
     from symprune_lightning import CalibrationDataModule
@@ -173,16 +173,16 @@ def one_round(options: argparse.Namespace, python: str, seed: int) -> dict[str, 
     batches = list(data.calibration_dataloader())
     torch.save(torch.cat([batch["input_ids"] for batch in batches]), ROOT / "tokens.pt")
     plain = child(sys.executable, "forward", options)["seconds"]
-    found = {}
+    figures = {}
     for name in [*OURS, PEER]:
-        say(f"round {seed + 1} of {options.rounds}: {name}")
+        log(f"round {seed + 1} of {options.rounds}: {name}")
         run = child(python if name == PEER else sys.executable, name, options)
-        found[name] = run | {"ratio": run["seconds"] / plain} | evaluated(data, name)
-    return found
+        figures[name] = run | {"ratio": run["seconds"] / plain} | evaluated(data, name)
+    return figures
 
 
 def evaluated(data: Any, name: str) -> dict[str, float]:
-    """Perplexity and sparsity with the weights that a child has written."""
+    """Evaluate the weights that a run has written."""
     import torch
     from safetensors.torch import load_file
 
@@ -207,10 +207,10 @@ def evaluated(data: Any, name: str) -> dict[str, float]:
 
 
 def row(name: str, rounds: list[dict[str, dict[str, Any]]]) -> list[str]:
-    """A line of the table."""
+    """Return a row of the table."""
 
     def median(figure: str) -> float:
-        return float(statistics.median(found[name][figure] for found in rounds))
+        return float(statistics.median(figures[name][figure] for figures in rounds))
 
     return [
         name,
@@ -218,12 +218,12 @@ def row(name: str, rounds: list[dict[str, dict[str, Any]]]) -> list[str]:
         f"{median('ratio'):.2f}",
         f"{median('sparsity'):.4f}",
         f"{median('perplexity'):.2f}",
-        ", ".join(f"{found[name]['perplexity']:.2f}" for found in rounds),
+        ", ".join(f"{figures[name]['perplexity']:.2f}" for figures in rounds),
     ]
 
 
 def arguments() -> argparse.Namespace:
-    """What is asked for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=3)
@@ -235,12 +235,12 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    asked = arguments()
+    parsed = arguments()
     ROOT.mkdir(parents=True, exist_ok=True)
-    if asked.part == "forward":
+    if parsed.part == "forward":
         print(json.dumps({"seconds": forward(ROOT)}))
-    elif asked.part is not None:
-        work = peer(ROOT, asked.sparsity) if asked.part == PEER else None
-        print(json.dumps(work or ours(ROOT, asked.part, asked.sparsity)))
+    elif parsed.part is not None:
+        work = peer(ROOT, parsed.sparsity) if parsed.part == PEER else None
+        print(json.dumps(work or ours(ROOT, parsed.part, parsed.sparsity)))
     else:
         main()

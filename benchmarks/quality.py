@@ -4,29 +4,26 @@
     python benchmarks/quality.py --csv docs/quality.csv --table
     python benchmarks/quality.py --csv docs/quality.csv --plot docs/quality.png
 
-MODEL is anything that CausalLMModule takes. Calibration and evaluation text are different documents
+MODEL is any model that CausalLMModule accepts. Calibration and evaluation use different documents
 of the Python manual; the seed shuffles the documents. The main methods run at every budget with
-every seed, the others at 60 % with seed 0; those that --methods names, wherever it is asked for.
-Every run is a row of the CSV file, written when it is done; a row that is there is not run again,
-so a run that was stopped goes on. Nothing is chosen by the evaluation text: all hyper-parameters
-are defaults.
+every seed, the others at 60 % with seed 0; methods named by --methods run at every requested budget
+and seed. Every run appends a row to the CSV file, and runs that have a row are skipped, so that a
+stopped study can be resumed. Nothing is tuned on the evaluation text: all hyper-parameters are
+defaults.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import logging
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib import pyplot
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from symprune_lightning import (
     OWL,
@@ -39,11 +36,15 @@ from symprune_lightning import (
     Progression,
     R2DSnoT,
     SparseGPT,
-    prune_model,
+    SymPrune,
+    Trainer,
 )
-from symprune_lightning.pretrained import load_model
+from symprune_lightning.cli.sweep import Sweep
 
-BUDGETS: dict[str, dict[str, Any]] = {
+Settings = dict[str, Any]
+"""Arguments of ``SymPrune``."""
+
+BUDGETS: dict[str, Settings] = {
     "50%": {"sparsity": 0.5},
     "60%": {"sparsity": 0.6},
     "2:4": {"pattern": "2:4"},
@@ -58,10 +59,10 @@ REFINERS: dict[str, Any] = {
     "R²-DSnoT (gram)": R2DSnoT(guard="gram"),
     "ExactSwap": ExactSwap(),
 }
-EXACT: dict[str, Any] = {"score": "ria", "refine": ExactSwap()}
-COMPOSITIONS: dict[str, dict[str, Any]] = {
-    "SparseGPT": {"update": SparseGPT()},
-    "SparseGPT, group layer": {"update": SparseGPT(), "group": "layer"},
+EXACT: Settings = {"score": "ria", "refine": ExactSwap()}
+COMPOSITIONS: dict[str, Settings] = {
+    "SparseGPT": {"solver": SparseGPT()},
+    "SparseGPT, group layer": {"solver": SparseGPT(), "group": "layer"},
     "RIA + OBSUpdate": {"score": "ria", "update": OBSUpdate()},
     "RIA + ExactSwap + OBSUpdate": {**EXACT, "update": OBSUpdate()},
     "RIA + OWL": {"score": "ria", "allocation": OWL()},
@@ -92,39 +93,41 @@ MAIN = (
 FIELDS = ("budget", "method", "seed", "perplexity", "seconds", "error")
 
 
-def methods() -> dict[str, dict[str, Any]]:
-    """Every score with every refiner, and what else is composed: what may be run."""
-    found: dict[str, dict[str, Any]] = {}
-    for score in SCORES:
-        for name, refiner in REFINERS.items():
-            found[score if refiner is None else f"{score} + {name}"] = {
-                "score": score,
-                "refine": refiner,
-            }
-    return found | COMPOSITIONS
+def methods() -> dict[str, Settings]:
+    """Return every score with every refiner, and the compositions, by name."""
+    crossed = {
+        score if refiner is None else f"{score} + {name}": {"score": score, "refine": refiner}
+        for score in SCORES
+        for name, refiner in REFINERS.items()
+    }
+    return crossed | COMPOSITIONS
 
 
-def planned(budget: str, name: str, seed: int) -> bool:
-    """Whether it is run without being asked for by name."""
+def is_planned(budget: str, name: str, seed: int) -> bool:
+    """Return whether a method runs without being named by ``--methods``."""
     crossed = name.startswith(("Wanda", "RIA")) or name in SCORES or name in COMPOSITIONS
     return name in MAIN or (budget == "60%" and seed == 0 and crossed)
 
 
-@torch.inference_mode()
-def perplexity(module: CausalLMModule, batches: Iterable[dict[str, Tensor]]) -> float:
-    module.val_perplexity.reset()
-    for batch in batches:
-        module.validation_step(batch, 0)
-    return float(module.val_perplexity.compute())
+def runs(options: argparse.Namespace, seed: int) -> Iterator[tuple[str, str, Settings]]:
+    """Yield budget, name and settings of the runs of a seed that have no row yet."""
+    finished = {(row["budget"], row["method"], int(row["seed"])) for row in rows(options.csv)}
+    for budget in options.budgets:
+        for name, settings in methods().items():
+            if (budget, name, seed) in finished or ("allocation" in settings and ":" in budget):
+                continue
+            if name in options.methods or is_planned(budget, name, seed):
+                yield budget, name, {**settings, **BUDGETS[budget]}
 
 
-def study(options: argparse.Namespace) -> None:
-    path = Path(options.csv)
-    done = {(row["budget"], row["method"], int(row["seed"])) for row in rows(path)}
-    model: PreTrainedModel = load_model(options.model, dtype="float32")
-    module = CausalLMModule(model)
-    dense = {name: value.clone() for name, value in model.state_dict().items()}
+def study(options: argparse.Namespace) -> list[str]:
+    """Run all methods; return the failures."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # three lines per Trainer
+    failures = []
     for seed in options.seeds:
+        remaining = list(runs(options, seed))
+        if not remaining:
+            continue
         data = CalibrationDataModule(
             "python-docs",
             options.model,
@@ -134,31 +137,40 @@ def study(options: argparse.Namespace) -> None:
             batch_size=4,
             seed=seed,
         )
-        calibration = list(data.calibration_dataloader())
-        if ("dense", "dense", seed) not in done:
-            model.load_state_dict(dense)
-            append(path, "dense", "dense", seed, perplexity(module, data.val_dataloader()), 0, None)
-        for budget in options.budgets:
-            for name, method in methods().items():
-                if not (name in options.methods or planned(budget, name, seed)):
-                    continue
-                if (budget, name, seed) in done or ("allocation" in method and ":" in budget):
-                    continue
-                model.load_state_dict(dense)
-                start = time.perf_counter()
-                result = prune_model(model, calibration, **{**method, **BUDGETS[budget]})
-                seconds = time.perf_counter() - start
-                errors = [x.error_updated or x.error_refined for x in result.layers]
-                error = None if errors[0] is None else sum(e or 0 for e in errors) / len(errors)
-                value = perplexity(module, data.val_dataloader())
-                append(path, budget, name, seed, value, seconds, error)
+        # a module per seed: the weights of the last one are pruned
+        module = CausalLMModule(options.model, dtype="float32")
+        sweep = Sweep(module, data, options.folder / f"seed-{seed}")
+        for budget, name, settings in remaining:
+            callback = SymPrune(**settings)
+            result = sweep.run(f"{budget} {name}", trainer(callback), callback)
+            if result.failure is not None:
+                failures.append(f"{budget} {name}, seed {seed}: {result.failure}")
+                continue
+            if not any(
+                r["method"] == "dense" and r["seed"] == str(seed) for r in rows(options.csv)
+            ):
+                append(options.csv, "dense", "dense", seed, result.dense, 0, None)
+            figures = (result.perplexity, result.seconds, result.error)
+            append(options.csv, budget, name, seed, *figures)
+    return failures
+
+
+def trainer(callback: SymPrune) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def append(path: Path, *values: object) -> None:
-    new = not path.exists()
+    is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
-        if new:
+        if is_new:
             writer.writerow(FIELDS)
         writer.writerow(values)
     print(*values, flush=True)
@@ -172,44 +184,44 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def table(path: Path) -> str:
-    """Markdown: a row per method, a column per budget, means over seeds."""
+    """Return a Markdown table with a row per method, a column per budget, and means over seeds."""
     values: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows(path):
         values[row["method"], row["budget"]].append(float(row["perplexity"]))
     dense = statistics.mean(values.pop(("dense", "dense")))
     budgets = [b for b in BUDGETS if any(budget == b for _, budget in values)]
     lines = [
-        f"Dense: {dense:.2f}. A number in brackets is how many seeds the mean is over, if not all.",
+        f"Dense: {dense:.2f}. A number in brackets is the number of seeds, if not all.",
         "",
         f"| method | {' | '.join(budgets)} |",
         f"|---|{'---:|' * len(budgets)}",
     ]
-    seeds = max(len(found) for found in values.values())
+    seeds = max(len(perplexities) for perplexities in values.values())
     for name in methods():
         cells = []
         for budget in budgets:
-            found = values.get((name, budget), [])
-            count = "" if len(found) in (0, seeds) else f" ({len(found)})"
-            cells.append(f"{statistics.mean(found):.1f}{count}" if found else "")
+            perplexities = values.get((name, budget), [])
+            count = "" if len(perplexities) in (0, seeds) else f" ({len(perplexities)})"
+            cells.append(f"{statistics.mean(perplexities):.1f}{count}" if perplexities else "")
         if any(cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(path: Path, picture: Path) -> None:
-    """One dot per run: perplexity by method, a panel per budget, a colour per seed."""
-    found = [row for row in rows(path) if row["budget"] in BUDGETS]
-    names = [name for name in methods() if any(row["method"] == name for row in found)][::-1]
+def plot(path: Path, output: Path) -> None:
+    """Plot one dot per run: a panel per budget, a row per method, a color per seed."""
+    pruned = [row for row in rows(path) if row["budget"] in BUDGETS]
+    names = [name for name in methods() if any(row["method"] == name for row in pruned)][::-1]
     figure, axes = pyplot.subplots(
         1, len(BUDGETS), sharey=True, figsize=(14, 0.3 * len(names) + 1.2), layout="constrained"
     )
     for axis, budget in zip(axes, BUDGETS, strict=True):
-        for seed, colour in (("0", "tab:blue"), ("1", "tab:orange")):
-            runs = [row for row in found if row["budget"] == budget and row["seed"] == seed]
+        for seed, color in (("0", "tab:blue"), ("1", "tab:orange")):
+            dots = [row for row in pruned if row["budget"] == budget and row["seed"] == seed]
             axis.scatter(
-                [float(row["perplexity"]) for row in runs],
-                [names.index(row["method"]) for row in runs],
-                color=colour,
+                [float(row["perplexity"]) for row in dots],
+                [names.index(row["method"]) for row in dots],
+                color=color,
                 label=f"seed {seed}",
                 zorder=2,
             )
@@ -221,29 +233,36 @@ def plot(path: Path, picture: Path) -> None:
         axis.set_xlabel("perplexity")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].legend()
-    figure.savefig(picture, dpi=90)
+    figure.savefig(output, dpi=90)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--csv", default="quality.csv")
-    parser.add_argument("--table", action="store_true", help="print the table and stop")
-    parser.add_argument("--plot", type=Path, help="draw this picture and stop")
+    parser.add_argument("--csv", type=Path, default=Path("quality.csv"))
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/quality"), help="cache of results"
+    )
+    parser.add_argument("--table", action="store_true", help="print the table and exit")
+    parser.add_argument("--plot", type=Path, help="write this figure and exit")
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
-    parser.add_argument("--methods", nargs="+", default=[], help="these too")
+    parser.add_argument("--methods", nargs="+", default=[], help="additional methods")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--sequences", type=int, default=16, help="to calibrate on, of 512 tokens")
-    parser.add_argument("--evaluation", type=int, default=24, help="to evaluate on, of 512 tokens")
+    parser.add_argument(
+        "--sequences", type=int, default=16, help="calibration sequences of 512 tokens"
+    )
+    parser.add_argument(
+        "--evaluation", type=int, default=24, help="evaluation sequences of 512 tokens"
+    )
     options = parser.parse_args()
     if options.table:
-        print(table(Path(options.csv)))
+        print(table(options.csv))
     elif options.plot is not None:
-        plot(Path(options.csv), options.plot)
+        plot(options.csv, options.plot)
     elif options.model is None:
-        parser.error("name the model")
-    else:
-        study(options)
+        parser.error("MODEL is required")
+    elif failures := study(options):
+        raise SystemExit("\n".join(["some methods failed", *failures]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a second process brings: one process of one thread against two of one thread each.
+"""Scaling to two processes: one process with one thread against two with one thread each.
 
     python benchmarks/scaling.py MODEL [--sequences 32] [--length 512] [--rounds 1]
 
-MODEL is anything that CausalLMModule takes. Each run is a process group of its own on gloo; what is
-timed is ``prune_model`` on a model that is in memory, from a barrier to the end.
+MODEL is any model that CausalLMModule accepts. Each run is a separate gloo process group; the time
+of ``prune_model`` on a model in memory is measured, from a barrier to the end.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
-from symprune_lightning import CalibrationDataModule, ExactSwap, Ranks, prune_model
-from symprune_lightning.pretrained import load_model
+from symprune_lightning import CalibrationDataModule, Communicator, ExactSwap, prune_model
+from symprune_lightning.checkpoints.pretrained import load_model
 from tables import median_and_range, section
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -52,8 +52,8 @@ def work(rank: int, size: int, folder: str, options: argparse.Namespace) -> None
         model.load_state_dict(dense)
         distributed.barrier()
         start = time.perf_counter()
-        ranks = Ranks.all()
-        prune_model(model, ranks.deal(batches), ranks=ranks, **method)
+        communicator = Communicator.from_default_group()
+        prune_model(model, communicator.shard(batches), communicator=communicator, **method)
         times[name] = time.perf_counter() - start
     if rank == 0:
         (Path(folder) / "times.json").write_text(json.dumps(times))
@@ -64,8 +64,8 @@ def work(rank: int, size: int, folder: str, options: argparse.Namespace) -> None
 def times_of(size: int, options: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(work, args=(size, folder, options), nprocs=size)  # type: ignore[attr-defined,no-untyped-call]
-        found: dict[str, float] = json.loads((Path(folder) / "times.json").read_text())
-    return found
+        times: dict[str, float] = json.loads((Path(folder) / "times.json").read_text())
+    return times
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     section(
         "Processes",
         f"`benchmarks/scaling.py`: SmolLM2-135M-Instruct, {options.sequences} × {options.length} "
-        f"tokens, float32, one thread a process, gloo; {options.rounds} round(s).",
+        f"tokens, float32, one thread per process, gloo; {options.rounds} round(s).",
         ("method", "1 process, s", "2 processes, s", "× faster", "range"),
         [row(name, runs) for name in options.methods],
     )

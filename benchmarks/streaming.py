@@ -1,11 +1,11 @@
-"""Pruning a checkpoint that is larger than memory: peak memory, and time against its floor.
+"""Pruning a checkpoint larger than memory: peak memory, and time relative to a lower bound.
 
     python benchmarks/streaming.py FOLDER [--layers 32] [--sequences 4] [--length 128]
 
 Writes a Llama-3-8B-shaped checkpoint of random bfloat16 weights to FOLDER/dense (16 GB; kept for
-the next call), prunes it to 50 % by RIA into FOLDER/sparse in a process of its own, and checks the
-output shard by shard. The floor is the time to read the files once plus the time to send the same
-tokens through one block in memory, times the number of blocks.
+the next call), prunes it to 50 % by RIA into FOLDER/sparse in a separate process, and checks the
+output shard by shard. The lower bound is the time to read the files once plus the time of a forward
+of the same tokens through one block in memory, times the number of blocks.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from symprune_lightning import StreamedCheckpoint, prune_model
+from symprune_lightning.checkpoints.manifest import build_manifest
 
 GIB = 2**30
 
 
 def config(layers: int) -> LlamaConfig:
-    """The shape of Llama 3 8B."""
+    """Return a configuration with the shape of Llama 3 8B."""
     return LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
@@ -44,7 +45,8 @@ def config(layers: int) -> LlamaConfig:
 
 
 def write(folder: Path, layers: int) -> None:
-    """Random weights, one file per block and one for each of the embeddings."""
+    """Write random weights, one file per block and one per embedding."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     needed = 2.2 * (layers * 0.44e9 + 2.1e9)
     if free < needed:
@@ -61,15 +63,15 @@ def write(folder: Path, layers: int) -> None:
         part = name.split(".")[2] if ".layers." in name else name
         files.setdefault(f"model-{part}.safetensors", {})[name] = shape
     weights: dict[str, str] = {}
-    for file, inside in files.items():
+    for file, members in files.items():
         tensors = {
             name: torch.ones(shape, dtype=torch.bfloat16)
             if len(shape) == 1
             else torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
-            for name, shape in inside.items()
+            for name, shape in members.items()
         }
         save_file(tensors, partial / file, metadata={"format": "pt"})
-        weights |= dict.fromkeys(inside, file)
+        weights |= dict.fromkeys(members, file)
     index = json.dumps({"metadata": {}, "weight_map": weights})
     (partial / "model.safetensors.index.json").write_text(index)
     config(layers).save_pretrained(partial)
@@ -83,12 +85,14 @@ def tokens(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
 
 
 def prune(options: argparse.Namespace) -> None:
-    """What is measured; runs in a process of its own."""
+    """Prune, and print time and peak memory; runs in a separate process."""
     start = time.perf_counter()
     folder = Path(options.folder)
     with StreamedCheckpoint(folder / "dense", folder / "sparse") as checkpoint:
-        result = prune_model(checkpoint, tokens(options), score="ria", sparsity=0.5)
-        checkpoint.finish({"sparsity": result.sparsity})
+        result = prune_model(
+            checkpoint.model, tokens(options), score="ria", sparsity=0.5, placement=checkpoint
+        )
+        checkpoint.save(build_manifest(result, model=str(folder / "dense"), settings={}))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     scoring = sum(layer.seconds for layer in result.layers)
     figures = {"seconds": time.perf_counter() - start, "peak": peak, "scoring": scoring}
@@ -96,7 +100,7 @@ def prune(options: argparse.Namespace) -> None:
 
 
 def reading(folder: Path) -> float:
-    """Seconds to read all files once."""
+    """Return the seconds to read all files once."""
     start = time.perf_counter()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb", buffering=0) as opened:
@@ -107,7 +111,7 @@ def reading(folder: Path) -> float:
 
 @torch.inference_mode()
 def forward(options: argparse.Namespace) -> float:
-    """Seconds to send the tokens through one block."""
+    """Return the seconds of a forward of the tokens through one block."""
     model = LlamaForCausalLM(config(1)).model.bfloat16()
     batches = tokens(options)
     model(**batches[0], use_cache=False)
@@ -118,7 +122,7 @@ def forward(options: argparse.Namespace) -> float:
 
 
 def check(folder: Path) -> int:
-    """Every shard of the output can be read, and is as sparse as it should be; counts weights."""
+    """Read every shard of the output, check its sparsity, and return the number of weights."""
     count = 0
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     for file in sorted(set(index.values())):
@@ -154,13 +158,14 @@ def main() -> None:
     )
     figures = json.loads(run.stdout.splitlines()[-1])
     read, block = reading(dense), forward(options)
-    floor = read + options.layers * block
+    bound = read + options.layers * block
     print(f"checkpoint {size / GIB:.1f} GiB, {options.sequences}×{options.length} tokens")
     print(f"peak resident set {figures['peak'] / GIB:.2f} GiB")
     print(f"pruned in {figures['seconds']:.0f} s, of which scoring {figures['scoring']:.0f} s")
-    print(f"floor: reading {read:.0f} s + forward {options.layers} × {block:.1f} s = {floor:.0f} s")
-    print(f"ratio to the floor {figures['seconds'] / floor:.2f}")
-    print(f"output: {check(Path(options.folder) / 'sparse') / 1e9:.2f} billion weights read again")
+    forward_seconds = f"forward {options.layers} × {block:.1f} s"
+    print(f"lower bound: reading {read:.0f} s + {forward_seconds} = {bound:.0f} s")
+    print(f"ratio to the lower bound {figures['seconds'] / bound:.2f}")
+    print(f"output: {check(Path(options.folder) / 'sparse') / 1e9:.2f} billion weights checked")
 
 
 if __name__ == "__main__":

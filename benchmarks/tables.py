@@ -1,6 +1,6 @@
-"""What the benchmarks print: each a section of docs/benchmarks.md, which ``make bench`` writes.
+"""Output of the benchmarks: each prints a section of docs/benchmarks.md, see ``make bench``.
 
-python benchmarks/tables.py      # the head of the page: machine and versions
+python benchmarks/tables.py      # the top of the page: machine and versions
 """
 
 from __future__ import annotations
@@ -25,27 +25,29 @@ def section(title: str, about: str, heading: Sequence[str], rows: Iterable[Seque
 
 
 def median_and_range(ratios: Sequence[float]) -> tuple[str, str]:
-    """Two cells of a table."""
+    """Return median and range as two cells of a table."""
     return f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} – {max(ratios):.2f}"
 
 
-def say(what: str) -> None:
-    """Progress, which is no part of the page."""
-    print(what, file=sys.stderr, flush=True)
+def log(message: str) -> None:
+    """Print progress, which is not part of the page."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def processor() -> str:
-    """The processor's name, where Linux tells it."""
+    """Return the name of the processor, from ``/proc/cpuinfo`` if there is one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     print("# Benchmarks\n")
-    print("Each section is what a script of `benchmarks/` printed; `make bench` runs them all.\n")
+    print(
+        "Each section is the output of a script of `benchmarks/`; `make bench` runs all of them.\n"
+    )
     print(f"{processor()}, {os.cpu_count()} cores, no GPU used; {platform.system()},", end=" ")
     print(f"Python {platform.python_version()}, {versions}.")
 

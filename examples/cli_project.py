@@ -1,4 +1,4 @@
-"""A LightningCLI project of somebody's own, which is pruned by its YAML alone.
+"""An existing LightningCLI project that is pruned by changes to its YAML file only.
 
 python examples/cli_project.py fit --config examples/cli_project.yaml
 """
@@ -22,38 +22,38 @@ class Digits(LightningModule):
         self.net = nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 10))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits."""
+        """Return the logits of points."""
         logits: torch.Tensor = self.net(x)
         return logits
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def calibration_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
-        """How SymPrune sends a batch through: needed where forward does not take a whole batch."""
+        """Run a calibration batch; needed because ``forward`` does not accept a batch."""
         logits: torch.Tensor = self(batch[0])
         return logits
 
 
 class Data(LightningDataModule):
-    """Points of ten classes."""
+    """Noisy points of ten classes."""
 
     def train_dataloader(self) -> Iterable[list[torch.Tensor]]:
-        """Batches of points and classes."""
-        random = torch.Generator().manual_seed(0)
-        classes = torch.randint(10, (512,), generator=random)
-        points = torch.randn(10, 32, generator=random)[classes]
-        points = points + 0.3 * torch.randn(512, 32, generator=random)
+        """Return batches of points and classes."""
+        generator = torch.Generator().manual_seed(0)
+        classes = torch.randint(10, (512,), generator=generator)
+        points = torch.randn(10, 32, generator=generator)[classes]
+        points = points + 0.3 * torch.randn(512, 32, generator=generator)
         return DataLoader(list(zip(points, classes, strict=True)), batch_size=32)  # type: ignore[arg-type]
 
     def calibration_dataloader(self) -> Iterable[list[torch.Tensor]]:
-        """What SymPrune calibrates on."""
+        """Return the batches that SymPrune calibrates on."""
         return self.train_dataloader()
 
 
 def main(args: list[str] | None = None) -> LightningCLI:
-    """The project's command line."""
+    """Run the command line of the project."""
     return LightningCLI(Digits, Data, args=args, save_config_callback=None)
 
 

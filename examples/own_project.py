@@ -1,8 +1,8 @@
-"""An existing Lightning project, and the three lines that make it sparse.
+"""An existing Lightning project, and the three lines that prune it.
 
     python examples/own_project.py MODEL_FOLDER TEXT_FILE
 
-Everything but the lines marked with (1), (2) and (3) was there before.
+Only the lines marked with (1), (2) and (3) were added.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from symprune_lightning import MaskedFinetuning, SymPrune  # (1)
 
 
 class Project(pl.LightningModule):
-    """Somebody's own module around a language model."""
+    """A module of the user around a language model."""
 
     def __init__(self, folder: str, learning_rate: float = 1e-4) -> None:
         super().__init__()
@@ -27,20 +27,20 @@ class Project(pl.LightningModule):
         self.model = AutoModelForCausalLM.from_pretrained(folder).train()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Mean nats per token."""
+        """Return the mean negative log-likelihood per token, in nats."""
         loss: torch.Tensor = self.model(input_ids=ids, labels=ids).loss
         return loss
 
     def training_step(self, ids: torch.Tensor, index: int) -> torch.Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         loss: torch.Tensor = self(ids)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW with weight decay."""
-        rate = self.hparams["learning_rate"]
-        return torch.optim.AdamW(self.parameters(), lr=rate, weight_decay=0.1)
+        """Return AdamW with weight decay."""
+        learning_rate = self.hparams["learning_rate"]
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, weight_decay=0.1)
 
 
 def main(folder: str, texts: str) -> Project:

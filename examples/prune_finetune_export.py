@@ -1,9 +1,9 @@
-"""Prune a model, fine-tune it with the zeros kept, and write the checkpoint.
+"""Prune a model, fine-tune it at fixed sparsity, and write the checkpoint.
 
     python examples/prune_finetune_export.py MODEL OUTPUT [--steps 30] [--strategy ddp --devices 2]
 
-MODEL is a hub name, a folder, or a .gguf file. With --strategy fsdp2 the model is sharded. Texts
-are the standard library's manual; pass data of your own to CalibrationDataModule.
+MODEL is a hub name, a local folder, or a .gguf file. With --strategy fsdp2 the model is sharded.
+The texts are the manual of the standard library; pass your own dataset to CalibrationDataModule.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from symprune_lightning import (
 
 
 def main() -> None:
-    """Prune, fine-tune, export."""
+    """Prune, fine-tune, and export."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("output")
@@ -56,23 +56,22 @@ def main() -> None:
     )
     prune = SymPrune("ria", sparsity=options.sparsity, refine="exactswap")
     trainer.validate(module, datamodule=data, callbacks=prune, verbose=False)
-    keep = MaskedFinetuning()
-    trainer.fit(module, datamodule=data, callbacks=keep)
+    trainer.fit(module, datamodule=data, callbacks=MaskedFinetuning())
     trainer.validate(module, datamodule=data, verbose=False)
-    tuned = float(trainer.callback_metrics["val_perplexity"])
+    finetuned = float(trainer.callback_metrics["val_perplexity"])
 
-    still = prune.result is not None and prune.result.holds_in(module.prunable_model)
+    zeros_kept = prune.result is not None and prune.result.is_applied_to(module.prunable_model)
     export_model(
         module.prunable_model,
         options.output,
         data.tokenizer,
         settings={**prune.settings, "fine-tuned": f"{options.steps} steps of AdamW"},
-        metrics={"val_perplexity": tuned},
+        metrics={"val_perplexity": finetuned},
     )
     if trainer.is_global_zero:
         dense, sparse = prune.dense_metrics, prune.sparse_metrics
         print(f"dense {dense['val_perplexity']:.2f}, pruned {sparse['val_perplexity']:.2f}", end="")
-        print(f", fine-tuned {tuned:.2f}; every pruned weight still zero: {still}")
+        print(f", fine-tuned {finetuned:.2f}; pruned weights are still zero: {zeros_kept}")
 
 
 if __name__ == "__main__":

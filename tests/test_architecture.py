@@ -1,9 +1,13 @@
-"""Rooms of the package import only what the table of docs/architecture.md lets them."""
+"""Import rules of the package, read from the table in docs/architecture.md."""
 
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,99 +16,124 @@ import symprune_lightning
 
 PACKAGE = "symprune_lightning"
 ROOT = Path(symprune_lightning.__file__).parent
-LIGHTNING = {"lightning", "torch", "torchmetrics", "transformers", "datasets", "rich"}
-CORE = {f"{PACKAGE}.functional", f"{PACKAGE}.engine"}
-ALLOWED = {
-    "functional": {"torch", "scipy", f"{PACKAGE}.functional"},
-    "files": set(),
-    "engine": {"torch", "greenlet", "safetensors", f"{PACKAGE}.files", *CORE},
-    "display": {"rich", "torch", *CORE},
-    "pretrained": {"torch", "transformers"},
-    "masks": {"torch", "safetensors", f"{PACKAGE}.files", *CORE},
-    "callbacks": LIGHTNING
-    | CORE
-    | {f"{PACKAGE}.{room}" for room in ("display", "masks", "callbacks")}
-    | {"typing_extensions"},
-    "module": LIGHTNING | CORE | {f"{PACKAGE}.pretrained"},
-    "datamodule": LIGHTNING | CORE | {f"{PACKAGE}.pretrained"},
-    "card": {"huggingface_hub"},
-    "export": {
-        "torch",
-        "safetensors",
-        "transformers",
-        *(f"{PACKAGE}.{room}" for room in ("card", "files", "masks")),
-        *CORE,
-    },
-    "streaming": {
-        "accelerate",
-        "huggingface_hub",
-        "safetensors",
-        "torch",
-        "transformers",
-        f"{PACKAGE}.export",
-        f"{PACKAGE}.files",
-        f"{PACKAGE}.masks",
-        *CORE,
-    },
-    "trainer": LIGHTNING | {PACKAGE},
-    "report": LIGHTNING
-    | CORE
-    | {"matplotlib", "jinja2"}
-    | {f"{PACKAGE}.{room}" for room in ("callbacks", "display", "export", "files", "report")},
-    "zero_shot": LIGHTNING | {"lm_eval", f"{PACKAGE}.callbacks"},
-    "adapters": {"torch", *CORE},
-    "apply": {f"{PACKAGE}.{room}" for room in ("export", "masks", "pretrained")},
-    "verify": LIGHTNING | {PACKAGE, "safetensors"},
-    "recipes": LIGHTNING | {PACKAGE},
-    "compare": LIGHTNING | {PACKAGE, "matplotlib", "yaml"},
-    "cli": LIGHTNING | {PACKAGE, "jsonargparse"},
-    "__init__": {PACKAGE},
-}
-
-
-def imported(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, wherever in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
-            names.add(node.module or "")
-    return names
-
-
-def within(name: str, rooms: set[str]) -> bool:
-    return any(name == room or name.startswith(f"{room}.") for room in rooms)
-
-
+PAGE = Path(__file__).parent.parent / "docs" / "architecture.md"
 FILES = sorted(ROOT.rglob("*.py"))
+LONGEST_CHAIN = 12
+MAX_LINES = 300
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_stay_in_their_rooms(path: Path) -> None:
-    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    outside = {
-        name
-        for name in imported(path)
-        if name.split(".")[0] not in sys.stdlib_module_names and not within(name, ALLOWED[room])
+def table() -> dict[str, set[str]]:
+    """Row of the table (``functional/``, ``trainer``) to what its files may import."""
+    rows = re.findall(r"^\| `([\w/]+)` \|[^|]*\|([^|]*)\|$", PAGE.read_text(), re.MULTILINE)
+    return {
+        name.rstrip("/"): {x.rstrip("/") for x in re.findall(r"`([\w/]+)`", allowed)}
+        for name, allowed in rows
     }
-    assert not outside
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join((PACKAGE, *parts)).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def import_names(tree: ast.AST) -> Iterator[str]:
+    """Full names of what a tree imports: modules, and names that may be modules."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            assert node.module
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def row_of(name: str) -> str:
+    """Row of the table that a module of the package belongs to."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_parallel_names_torch_distributed(path: Path) -> None:
-    if path.name != "parallel.py":
-        assert not {n for n in imported(path) if n.startswith("torch.distributed")}
+def test_imports_follow_the_table(path):
+    row = row_of(module_name(path))
+    allowed = table()[row] | {row}
+    for name in import_names(ast.parse(path.read_text())):
+        top = name.split(".")[0]
+        if top == PACKAGE:
+            assert row_of(name) in allowed | {"__init__"}, f"{row} imports {name}"
+        elif top not in sys.stdlib_module_names:
+            assert top in allowed, f"{row} imports {top}"
 
 
-def test_every_room_is_in_the_table() -> None:
-    assert {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in FILES} == set(ALLOWED)
+def test_every_row_of_the_table_exists_and_is_minimal():
+    imported: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        used = imported.setdefault(row_of(name), set())
+        for other in import_names(ast.parse(path.read_text())):
+            top = other.split(".")[0]
+            used.add(row_of(other) if top == PACKAGE else top)
+    assert table().keys() == imported.keys()
+    for row, allowed in table().items():
+        assert not allowed - imported[row], f"{row} may import more than it does"
 
 
-def test_only_one_file_names_torch_distributed():
-    for path in FILES:
-        names = {n for n in imported(path) if n.startswith("torch.distributed")}
-        text = path.read_text()
-        named = names or "from torch import distributed" in text or "torch.distributed." in text
-        assert not named or path.name == "parallel.py", path
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_engine_distributed_uses_torch_distributed(path):
+    if "distributed" not in path.relative_to(ROOT).parts:
+        assert "torch.distributed" not in set(import_names(ast.parse(path.read_text())))
+        assert "torch.distributed." not in path.read_text()
+
+
+@cache
+def dependencies(name: str) -> frozenset[str]:
+    """Modules that a module imports when it is imported, also under TYPE_CHECKING."""
+    names: set[str] = set()
+    for node in ast.parse(MODULES[name].read_text()).body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names |= {other for other in import_names(node) if other in MODULES}
+    return frozenset(names - {name})
+
+
+def chains(name: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
+    assert name not in above, f"import cycle: {' > '.join((*above, name))}"
+    return longest(name, above)
+
+
+def longest(name: str, above: tuple[str, ...]) -> tuple[str, ...]:
+    below = [chains(other, (*above, name)) for other in dependencies(name)]
+    return (name, *max(below, key=len, default=()))
+
+
+def test_no_import_cycles_and_no_long_chains():
+    chain = max((chains(name) for name in MODULES), key=len)
+    assert len(chain) <= LONGEST_CHAIN, " > ".join(chain)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_long_files_say_why(path):
+    text = path.read_text()
+    docstring = ast.get_docstring(ast.parse(text)) or ""
+    assert len(text.splitlines()) <= MAX_LINES or f"Longer than {MAX_LINES} lines" in docstring
+
+
+def modules_after(statement: str) -> set[str]:
+    command = f"import sys; {statement}; print(' '.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_prune_model_is_imported_without_lightning():
+    loaded = modules_after("from symprune_lightning import prune_model")
+    assert "symprune_lightning.engine.prune" in loaded
+    heavy = {"lightning", "transformers", "datasets", "accelerate", "torchmetrics", "rich"}
+    assert not loaded & heavy
+
+
+def test_importing_the_package_loads_nothing():
+    assert not modules_after("import symprune_lightning") & {"torch", "lightning"}

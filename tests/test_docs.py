@@ -1,18 +1,20 @@
-"""Every Python block of the README and the docs runs, in order, one name space a page."""
+"""Python blocks of the README and the docs run, links resolve, generated tables are current."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
-from symprune_lightning.functional.naming import by_name
+from symprune_lightning.functional.registry import lookup
 from symprune_lightning.functional.scores import Score
 from tests.texts import write_project
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -25,7 +27,7 @@ def blocks(page: Path) -> list[str]:
     "page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """With a tiny model in the place of the one on the hub."""
+    """Blocks of a page share a namespace; a tiny model replaces the one on the Hub."""
     write_project(tmp_path)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -33,39 +35,45 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(compile(block.replace(HUB_NAME, "./model"), str(page), "exec"), names)
 
 
-def test_links_lead_somewhere():
+def test_links_resolve():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page}: {target}"
 
 
-@pytest.mark.parametrize(
-    "kind", ["scores", "refiners", "update", "allocation", "patterns"], ids=str
-)
-def test_every_method_has_a_card(kind):
-    from symprune_lightning.functional.allocation import Allocation
-    from symprune_lightning.functional.patterns import Pattern
-    from symprune_lightning.functional.refiners import MaskRefiner
-    from symprune_lightning.functional.update import WeightUpdate
-
-    bases = {
-        "scores": Score,
-        "refiners": MaskRefiner,
-        "update": WeightUpdate,
-        "allocation": Allocation,
-        "patterns": Pattern,
-    }
-    page = (ROOT / "docs" / "methods.md").read_text()
-    for method in bases[kind].__subclasses__():
-        if method.__module__.startswith("symprune_lightning"):
-            assert f"### {method.__name__}" in page, (
-                f"docs/methods.md has no card {method.__name__}"
-            )
+@pytest.fixture
+def generate():
+    return runpy.run_path(str(DOCS / "generate_methods.py"))["generate"]
 
 
-def test_the_example_of_an_own_score_is_found_by_name():
-    (block, *_) = blocks(ROOT / "docs" / "own-score.md")
+def test_method_tables_are_current(generate):
+    page = (DOCS / "methods.md").read_text("utf-8")
+    assert generate(page) == page, "run python docs/generate_methods.py"
+
+
+def test_outdated_method_tables_are_detected(generate):
+    page = (DOCS / "methods.md").read_text("utf-8")
+    assert generate(page.replace("| `Wanda` |", "| `Wander` |")) == page
+    with pytest.raises(ValueError, match="the page has regions"):
+        generate(page.replace("generated: scores", "generated: refiners"))
+
+
+def test_every_method_name_in_a_heading_exists():
+    """Cards of methods that were renamed or removed are noticed."""
+    tables = re.findall(r"^\| `(\w+)` \|", (DOCS / "methods.md").read_text("utf-8"), re.MULTILINE)
+    headings = re.findall(r"^### (\w+)$", (DOCS / "methods.md").read_text("utf-8"), re.MULTILINE)
+    assert set(headings) <= set(tables)
+
+
+def test_every_decision_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for decision in (DOCS / "decisions").glob("*.md"):
+        assert f"decisions/{decision.name}" in navigation
+
+
+def test_the_example_of_a_custom_score_is_found_by_name():
+    (block, *_) = blocks(DOCS / "own-score.md")
     names: dict[str, object] = {}
     exec(block, names)
-    assert type(by_name(Score, "cubed-wanda")).__name__ == "CubedWanda"
+    assert type(lookup(Score, "cubed-wanda")).__name__ == "CubedWanda"

@@ -1,4 +1,4 @@
-"""The examples run as their first lines say."""
+"""The examples run as documented in their first lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from symprune_lightning.verify import verify
+from symprune_lightning.cli.verify import verify
 from tests.texts import write_project
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -49,8 +49,8 @@ def test_own_project(folder):
 def test_cli_project(monkeypatch):
     cli = example("cli_project").main(["fit", "--config", str(EXAMPLES / "cli_project.yaml")])
     for layer in (cli.model.net[0], cli.model.net[2]):
-        wanted = int(layer.in_features * 0.8)
-        assert ((layer.weight == 0).sum(1) == wanted).all()
+        zeros = int(layer.in_features * 0.8)
+        assert ((layer.weight == 0).sum(1) == zeros).all()
     points, classes = next(iter(cli.datamodule.train_dataloader()))
     assert (cli.model(points).argmax(1) == classes).float().mean() > 0.9
 
@@ -63,13 +63,13 @@ def test_prune_finetune_export(folder, monkeypatch, capsys):
     )
     module = example("prune_finetune_export")
     module.main()
-    assert capsys.readouterr().out.strip().endswith("every pruned weight still zero: True")
+    assert capsys.readouterr().out.strip().endswith("pruned weights are still zero: True")
     assert all(check.passed for check in verify(str(folder / "out"), perplexity=False))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_notebook(folder, monkeypatch):
-    """Its cells, in order, with a tiny model in the place of the one on the hub."""
+    """Run the cells in order, with a tiny model in place of the one on the Hub."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = json.loads((EXAMPLES / "first_steps.ipynb").read_text())

@@ -61,7 +61,7 @@ def test_streaming_through_a_gpu(tmp_path):
     checkpoint = StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse", device="cuda")
     with checkpoint:
         result = prune_model(checkpoint, on_gpu(), score="wanda")
-        checkpoint.finish({})
+        checkpoint.save({})
     layers = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").model.layers
     assert (layers[1].mlp.up_proj.weight == 0).float().mean() == result.sparsity
 

@@ -8,7 +8,8 @@ from torchmetrics.text import Perplexity
 
 from symprune_lightning import CausalLMModule
 from symprune_lightning import module as module_file
-from symprune_lightning.module import IGNORE, TokenPerplexity
+from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX
+from symprune_lightning.module import TokenPerplexity
 from tests.models import batches, build
 
 
@@ -17,65 +18,66 @@ from tests.models import batches, build
     ignored=st.integers(0, 5),
     seed=st.integers(0, 99),
 )
-def test_equals_torchmetrics_where_that_is_exact(shape, ignored, seed):
+def test_perplexity_matches_torchmetrics_in_float32(shape, ignored, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape, generator=generator)
     target = torch.randint(0, shape[2], shape[:2], generator=generator)
-    target[:, :ignored] = IGNORE
-    if (target == IGNORE).all():
+    target[:, :ignored] = IGNORE_INDEX
+    if (target == IGNORE_INDEX).all():
         target[0, 0] = 1
-    ours, theirs = TokenPerplexity(ignore_index=IGNORE), Perplexity(ignore_index=IGNORE)
-    ours.update(logits, target)
-    theirs.update(logits, target)
-    torch.testing.assert_close(ours.compute().float(), theirs.compute(), rtol=1e-4, atol=0)
+    metric = TokenPerplexity(ignore_index=IGNORE_INDEX)
+    reference = Perplexity(ignore_index=IGNORE_INDEX)
+    metric.update(logits, target)
+    reference.update(logits, target)
+    torch.testing.assert_close(metric.compute().float(), reference.compute(), rtol=1e-4, atol=0)
 
 
-def test_chunks_do_not_change_the_value(monkeypatch):
+def test_perplexity_does_not_depend_on_the_chunk_size(monkeypatch):
     logits, target = torch.randn(2, 50, 16), torch.randint(0, 16, (2, 50))
     values = []
-    for chunk in (2**25, 64, 1):
-        monkeypatch.setattr(module_file, "CHUNK", chunk)
-        metric = TokenPerplexity(ignore_index=IGNORE)
+    for max_logits in (2**25, 64, 1):
+        monkeypatch.setattr(module_file, "MAX_LOGITS", max_logits)
+        metric = TokenPerplexity(ignore_index=IGNORE_INDEX)
         metric.update(logits, target)
         values.append(metric.compute().item())
     assert values[0] == pytest.approx(values[1], rel=1e-6) == pytest.approx(values[2], rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_and_totals(dtype):
-    """Logits that overflow a softmax in float16, and a probability that underflows float32."""
+def test_perplexity_of_half_precision_logits(dtype):
+    """A softmax would overflow in float16 and underflow in float32."""
     logits = torch.tensor([[[0.0, 200.0], [0.0, 4.0]]], dtype=dtype)
     target = torch.tensor([[0, 1]])
-    metric = TokenPerplexity(ignore_index=IGNORE).to(dtype)
+    metric = TokenPerplexity(ignore_index=IGNORE_INDEX).to(dtype)
     metric.update(logits, target)
-    nats = torch.nn.functional.cross_entropy(logits[0].double(), target[0])
-    assert metric.compute().log().item() == pytest.approx(nats.item(), rel=1e-6)
+    loss = torch.nn.functional.cross_entropy(logits[0].double(), target[0])
+    assert metric.compute().log().item() == pytest.approx(loss.item(), rel=1e-6)
 
 
-def test_training_step_equals_the_models_own_loss():
+def test_training_loss_matches_transformers():
     model = build("llama")
     ids = batches()[0]["input_ids"]
     loss = CausalLMModule(model).training_step({"input_ids": ids}, 0)
     torch.testing.assert_close(loss, model(input_ids=ids, labels=ids).loss)
 
 
-def test_padding_and_labels_are_not_predicted():
+def test_loss_ignores_padding_and_masked_labels():
     model = build("llama")
     module = CausalLMModule(model)
     ids = batches(length=8)[0]["input_ids"]
     padded = torch.nn.functional.pad(ids, (0, 3))
     mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 3))
-    plain = module.training_step({"input_ids": ids}, 0)
+    expected = module.training_step({"input_ids": ids}, 0)
     torch.testing.assert_close(
-        module.training_step({"input_ids": padded, "attention_mask": mask}, 0), plain
+        module.training_step({"input_ids": padded, "attention_mask": mask}, 0), expected
     )
-    labels = padded.masked_fill(mask == 0, IGNORE)
+    labels = padded.masked_fill(mask == 0, IGNORE_INDEX)
     torch.testing.assert_close(
-        module.training_step({"input_ids": padded, "labels": labels}, 0), plain
+        module.training_step({"input_ids": padded, "labels": labels}, 0), expected
     )
 
 
-def test_model_is_loaded_once_and_only_when_configured(tmp_path):
+def test_configure_model_loads_the_model_once(tmp_path):
     build("llama").save_pretrained(tmp_path)
     module = CausalLMModule(tmp_path, dtype="bfloat16")
     with pytest.raises(RuntimeError, match="configure_model"):
@@ -87,6 +89,6 @@ def test_model_is_loaded_once_and_only_when_configured(tmp_path):
     assert module.prunable_model is model
 
 
-def test_hyper_parameters_are_plain(tmp_path):
+def test_hyperparameters_exclude_a_loaded_model(tmp_path):
     assert CausalLMModule(str(tmp_path)).hparams["pretrained"] == str(tmp_path)
     assert "pretrained" not in CausalLMModule(build("llama")).hparams

@@ -94,7 +94,7 @@ def test_lightning_checkpoints_of_a_sharded_model(folder):
         module.configure_model()
         module.load_state_dict(state)
         assert pruning.result is not None
-        assert pruning.result.holds_in(module.prunable_model)
+        assert pruning.result.is_applied_to(module.prunable_model)
         for key, weight in alone.state_dict().items():
             assert torch.equal(module.state_dict()[key], weight), key
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from symprune_lightning import CausalLMModule, SymPrune
-from symprune_lightning.export import MANIFEST
+from symprune_lightning.checkpoints.export import MANIFEST
 from tests.callbacks.test_pruning import Plain, data, loader, module, quiet, sparsity
 from tests.models import build
 

@@ -1,4 +1,4 @@
-"""A tokenizer that is made on the spot, and texts for it."""
+"""A tokenizer for the tiny models, and texts for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, of the vocabulary of the tiny models."""
+    """Return a tokenizer with one token per word and the vocabulary of the tiny models."""
     model = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -23,14 +23,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def texts(count: int = 40, length: int = 30) -> list[str]:
-    """Different texts of ``length`` words."""
+    """Return ``count`` different texts of ``length`` words."""
     return [
         " ".join(WORDS[4 + (7 * i * j + i + j) % 60] for j in range(length)) for i in range(count)
     ]
 
 
 def write_project(folder: Path) -> None:
-    """A tiny model with its tokenizer in ``model``, and ``texts.txt``."""
+    """Write a tiny model with its tokenizer to ``model``, and texts to ``texts.txt``."""
     build("llama").save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
     (folder / "texts.txt").write_text("\n\n".join(texts()))

@@ -1,18 +1,11 @@
-"""Calibration and evaluation text, packed into sequences of one length."""
+"""DataModule that packs texts into fixed-length sequences for calibration and evaluation."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from os import PathLike
-from pathlib import Path
-from pydoc_data.topics import topics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import datasets
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
@@ -20,66 +13,44 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from symprune_lightning.pretrained import IGNORE, load_tokenizer
+from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX, load_tokenizer
+from symprune_lightning.texts import Evaluation, Texts, load_texts, shuffled, source_settings
 
-PYTHON_DOCS = "python-docs"
 EVALUATION = "evaluation"
-"""The part that is evaluated on; of several, the name follows behind a slash."""
-
-FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """A data set of texts, read through ``datasets``.
-
-    Attributes:
-        path: Hub name, local folder, or a ``.txt`` (texts are paragraphs), ``.jsonl`` or
-            ``.parquet`` file.
-        name: Configuration of a hub data set, such as ``"wikitext-2-raw-v1"``.
-        split: Which split.
-        column: The column that holds the text.
-    """
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    column: str = "text"
-
-
-# In this order for the command line: {"path": ...} is one source, {"wiki": ..., ...} are several,
-# and what is taken for a path-like is taken as it stands, whatever it is.
-Texts = TextSource | str | Iterable[Any] | PathLike[str]
-Evaluation = TextSource | Mapping[str, Texts] | None | Texts
+"""Name of the evaluation split, or ``"evaluation/<name>"`` for each of several."""
 
 
 class CalibrationDataModule(LightningDataModule):
-    """Packs texts into sequences for calibration and, apart from these, for evaluation.
+    """Tokenizes texts and packs them into sequences for calibration, evaluation and training.
 
-    Texts are shuffled, tokenised, ended with the end-of-sequence token, and laid end to end until a
-    part is full. A text is never in both parts. The same texts, tokenizer, sizes and seed give the
-    same tokens, and ``hashes`` proves it.
+    Texts are shuffled, tokenized, terminated with the end-of-sequence token, and concatenated until
+    a split is full. No text is in more than one of the splits ``"calibration"``, ``"evaluation"``
+    and ``"training"``. The same texts, tokenizer, sizes and seed give the same tokens, which can be
+    checked with ``hashes``.
 
     Args:
-        dataset: ``"python-docs"`` (the standard library's manual, always there; 113 thousand
-            tokens of a 49k vocabulary), a hub data set, local folder or text file, a
-            ``TextSource``, or any iterable of texts or of lists of token ids.
-        tokenizer: A tokenizer, or the model's name as in ``CausalLMModule``. Not needed for token
-            ids.
-        sequences: How many sequences to calibrate on. 128, as in the papers.
-        sequence_length: Tokens in a sequence. 2048, as in the papers.
-        evaluation: Texts to evaluate on; ``None`` takes further texts of ``dataset``. Several, by
-            name, are evaluated together and each on its own: ``{"wiki": ..., "code": ...}``.
-        evaluation_sequences: How many sequences to evaluate on, of each if there are several.
-        training_sequences: How many sequences to train on in ``fit``: texts of ``dataset`` that are
-            in neither other part.
-        batch_size: Sequences in a batch.
-        trust_remote_code: Let the tokenizer run code of its own. Off unless you say so.
-        seed: Of the shuffle. An iterable that is no sequence is taken in its own order.
+        dataset: ``"python-docs"`` (the reference manual of the Python standard library, available
+            offline; 113 thousand tokens with a vocabulary of 49 thousand), a hub dataset, a local
+            folder or text file, a ``TextSource``, or an iterable of texts or of lists of token ids.
+        tokenizer: A tokenizer, or a model name as in ``CausalLMModule``. Not needed for token ids.
+            Default: ``None``.
+        sequences: Number of calibration sequences. Default: 128, as in the Wanda and RIA papers.
+        sequence_length: Number of tokens per sequence. Default: 2048, as in these papers.
+        evaluation: Evaluation texts, in any form that ``dataset`` accepts, or a mapping of names to
+            several such sets, ``{"wiki": ..., "code": ...}``, which are evaluated separately and
+            together. Default: ``None``, which uses further texts of ``dataset``.
+        evaluation_sequences: Number of evaluation sequences, per set if there are several.
+            Default: 64.
+        training_sequences: Number of training sequences for ``fit``, from texts of ``dataset`` that
+            the other splits do not use. Default: 0.
+        batch_size: Number of sequences per batch. Default: 1.
+        seed: Seed of the shuffle. Iterables that are not sequences keep their order. Default: 0.
+        trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
 
     Raises:
-        ValueError: A size is not positive, there are too few texts, or a tokenizer is missing.
-        FileNotFoundError: ``dataset`` is a path, and nothing is there.
+        ValueError: A size is not positive, there are not enough texts, or texts are passed without
+            a tokenizer.
+        FileNotFoundError: ``dataset`` or ``evaluation`` is a text file that does not exist.
 
     Examples:
         >>> data = CalibrationDataModule([[1, 2, 3], [4, 5, 6], [7, 8, 9]], sequences=1,
@@ -114,11 +85,16 @@ class CalibrationDataModule(LightningDataModule):
         }
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
+                raise ValueError(f"{name} must be at least 1, but got {size}")
         if isinstance(evaluation, Mapping) and not (evaluation and all(evaluation)):
-            raise ValueError("evaluation is a mapping: give it one text at least, each with a name")
+            raise ValueError(
+                "evaluation must be a mapping with at least one entry and no empty names, but got "
+                f"the names {list(evaluation)}"
+            )
         if training_sequences < 0:
-            raise ValueError(f"training_sequences is {training_sequences}; it must not be negative")
+            raise ValueError(
+                f"training_sequences must not be negative, but got {training_sequences}"
+            )
         self.dataset = dataset
         self.evaluation = evaluation
         self.sequences = sequences
@@ -129,11 +105,11 @@ class CalibrationDataModule(LightningDataModule):
         self.seed = seed
         self.trust_remote_code = trust_remote_code
         self._tokenizer = tokenizer
-        self._parts: dict[str, Tensor] = {}
+        self._splits: dict[str, Tensor] = {}
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, loaded when first asked for."""
+        """The tokenizer, loaded on first access."""
         if isinstance(self._tokenizer, str):
             self._tokenizer = load_tokenizer(
                 self._tokenizer, trust_remote_code=self.trust_remote_code
@@ -141,168 +117,130 @@ class CalibrationDataModule(LightningDataModule):
         return self._tokenizer
 
     def setup(self, stage: str | None = None) -> None:
-        """Tokenise and pack all parts, once."""
-        if self._parts:
+        """Tokenize and pack all splits. Further calls do nothing."""
+        if self._splits:
             return
-        tokens = self._tokens(self.dataset)
-        parts = {"calibration": self._pack(tokens, self.sequences, "calibration")}
-        for part, texts in self._evaluated().items():
-            other = tokens if texts is None else self._tokens(texts)
-            parts[part] = self._pack(other, self.evaluation_sequences, part)
+        # One iterator for all splits: each continues after the last text of the previous one, so
+        # that no text is in two splits.
+        sequences = self._tokenized(self.dataset)
+        splits = {"calibration": self._pack(sequences, self.sequences, "calibration")}
+        for split, texts in self._evaluation_sets().items():
+            source = sequences if texts is None else self._tokenized(texts)
+            splits[split] = self._pack(source, self.evaluation_sequences, split)
         if self.training_sequences:
-            parts["training"] = self._pack(tokens, self.training_sequences, "training")
-        self._parts = parts
+            splits["training"] = self._pack(sequences, self.training_sequences, "training")
+        self._splits = splits
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Batches of ``{"input_ids": (batch_size, sequence_length)}`` to calibrate on."""
-        return self._loader("calibration")
+        """Return calibration batches, ``{"input_ids": (batch_size, sequence_length)}``."""
+        return self._dataloader("calibration")
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Batches to train on, in the same order every time.
+        """Return training batches, in the same order in every epoch.
 
         Raises:
             ValueError: ``training_sequences`` is 0.
         """
         if not self.training_sequences:
-            raise ValueError("there is nothing to train on: give training_sequences=…")
-        return self._loader("training")
+            raise ValueError("there is no training split: set training_sequences to at least 1")
+        return self._dataloader("training")
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Batches to evaluate on; by name, if there are several texts.
+        """Return evaluation batches: one dataloader, or one per name for several evaluation sets.
 
-        With several processes, rows in which nothing is to be predicted make the set divisible, so
-        that Lightning's sampler repeats none and the perplexity is that of one process.
+        With several processes, rows without labels are appended until the number of rows is
+        divisible by the number of processes. Lightning's distributed sampler then repeats no row,
+        and the perplexity equals that of a single process.
         """
-        loaders = {part.partition("/")[2]: self._loader(part) for part in self._evaluated()}
+        loaders = {s.partition("/")[2]: self._dataloader(s) for s in self._evaluation_sets()}
         return loaders.get("", loaders)
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
-        """The same batches as ``val_dataloader``."""
+        """Return the batches of ``val_dataloader``."""
         return self.val_dataloader()
 
     @property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of each part's token ids (int64, little-endian, row by row)."""
+        """SHA-256 of the token ids of each split (int64, little-endian, row-major)."""
         self.setup()
         return {
-            part: hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
-            for part, ids in self._parts.items()
+            split: hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+            for split, ids in self._splits.items()
         }
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Where the tokens came from, in plain values, as the manifest records it."""
-        parts = ("sequences", "evaluation_sequences", "training_sequences")
-        sizes = (*parts, "sequence_length", "batch_size", "seed")
+        """Arguments and hashes as JSON-serializable values, as recorded in the manifest."""
+        numbers = (
+            "sequences",
+            "evaluation_sequences",
+            "training_sequences",
+            "sequence_length",
+            "batch_size",
+            "seed",
+        )
         return {
-            "dataset": _described(self.dataset),
-            "evaluation": _described(self.evaluation),
-            **{name: getattr(self, name) for name in sizes},
+            "dataset": source_settings(self.dataset),
+            "evaluation": source_settings(self.evaluation),
+            **{name: getattr(self, name) for name in numbers},
             "sha256": self.hashes,
         }
 
-    def _loader(self, part: str) -> DataLoader[dict[str, Tensor]]:
+    def _dataloader(self, split: str) -> DataLoader[dict[str, Tensor]]:
         self.setup()
-        rows: Any = [{"input_ids": ids} for ids in self._parts[part]]
-        if part in self._evaluated():
-            rows = _filled_up(rows, self._processes)
+        rows: Any = [{"input_ids": ids} for ids in self._splits[split]]
+        if split in self._evaluation_sets():
+            rows = _padded_rows(rows, self._num_replicas)
         return DataLoader(rows, batch_size=self.batch_size)
 
-    def _evaluated(self) -> dict[str, Texts | None]:
-        """Part to what is evaluated on there."""
+    def _evaluation_sets(self) -> dict[str, Texts | None]:
+        """Map the evaluation splits to their texts; ``None`` for further texts of ``dataset``."""
         if isinstance(self.evaluation, Mapping):
             return {f"{EVALUATION}/{name}": texts for name, texts in self.evaluation.items()}
         return {EVALUATION: self.evaluation}
 
     @property
-    def _processes(self) -> int:
-        """How many processes the Trainer divides the evaluation set among."""
-        dealt = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return 1 if dealt is None else int(dealt["num_replicas"])
+    def _num_replicas(self) -> int:
+        """Number of shards of the evaluation set; tensor-parallel ranks share one."""
+        sampler = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return 1 if sampler is None else int(sampler["num_replicas"])
 
-    def _pack(self, texts: Iterator[Sequence[int]], sequences: int, part: str) -> Tensor:
-        """Lay texts end to end until ``sequences`` are full; the rest of the last is dropped."""
-        wanted = sequences * self.sequence_length
+    def _pack(self, texts: Iterator[Sequence[int]], sequences: int, split: str) -> Tensor:
+        """Concatenate texts until ``sequences`` rows are full; drop the rest of the last text.
+
+        Returns:
+            Token ids, shape ``(sequences, sequence_length)``.
+        """
+        required = sequences * self.sequence_length
         ids: list[int] = []
         for text in texts:
             ids.extend(text)
-            if len(ids) >= wanted:
-                return torch.tensor(ids[:wanted]).view(sequences, self.sequence_length)
+            if len(ids) >= required:
+                return torch.tensor(ids[:required]).view(sequences, self.sequence_length)
         raise ValueError(
-            f"the texts for {part} are too short: {sequences} sequences of {self.sequence_length} "
-            f"need {wanted:,} tokens, but only {len(ids):,} are there; lower {part} sizes or give "
-            f"more text"
+            f"the texts for {split} are too short: {sequences} sequences of {self.sequence_length} "
+            f"tokens need {required:,} tokens, but only {len(ids):,} are available; use fewer or "
+            f"shorter sequences, or more text"
         )
 
-    def _tokens(self, source: Texts) -> Iterator[Sequence[int]]:
-        for text in _shuffled(_texts(source), self.seed):
+    def _tokenized(self, source: Texts) -> Iterator[Sequence[int]]:
+        for text in shuffled(load_texts(source), self.seed):
             yield self._encode(text) if isinstance(text, str) else [int(i) for i in text]
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise ValueError("texts need a tokenizer: pass tokenizer=<name of the model>")
+        # verbose=False: no warning about texts longer than the context; they are split anyway
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        return ids if end is None else [*ids, end]
+        eos = self.tokenizer.eos_token_id
+        return ids if eos is None else [*ids, eos]
 
 
-def _filled_up(rows: list[dict[str, Tensor]], processes: int) -> list[dict[str, Tensor]]:
-    """As many rows for each process; those added have no label, so that they count for nothing."""
-    missing = -len(rows) % processes
+def _padded_rows(rows: list[dict[str, Tensor]], num_replicas: int) -> list[dict[str, Tensor]]:
+    """Append rows without any label until the number of rows is divisible by ``num_replicas``."""
+    missing = -len(rows) % num_replicas
     if not missing:
         return rows
-    nothing = torch.full_like(rows[0]["input_ids"], IGNORE)
+    no_labels = torch.full_like(rows[0]["input_ids"], IGNORE_INDEX)
     labelled = [{**row, "labels": row["input_ids"]} for row in rows]
-    return labelled + [{**rows[0], "labels": nothing}] * missing
-
-
-def _texts(source: Texts) -> Iterable[Any]:
-    if isinstance(source, str) and source == PYTHON_DOCS:
-        return list(topics.values())
-    if isinstance(source, str | PathLike):
-        source = TextSource(os.fspath(source))
-    if isinstance(source, datasets.Dataset):
-        return _column(source, "text", "the data set")
-    if not isinstance(source, TextSource):
-        return source
-    path = Path(source.path).expanduser()
-    if path.suffix in FORMATS:
-        if not path.is_file():
-            raise FileNotFoundError(f"no text file at {path}")
-        options = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-        found = datasets.load_dataset(
-            FORMATS[path.suffix], data_files=str(path), split=source.split, **options
-        )
-    else:
-        name = str(path) if path.exists() else source.path
-        found = datasets.load_dataset(name, source.name, split=source.split)
-    return _column(found, source.column, source.path)
-
-
-def _column(found: datasets.Dataset, column: str, name: str) -> Iterable[str]:
-    if column not in found.column_names:
-        raise ValueError(
-            f"{name} has no column {column!r}; it has: {', '.join(found.column_names)}"
-        )
-    texts: Iterable[str] = found[column]
-    return texts
-
-
-def _shuffled(texts: Iterable[Any], seed: int) -> Iterable[Any]:
-    if not isinstance(texts, Sequence):
-        return texts
-    order = list(range(len(texts)))
-    random.Random(seed).shuffle(order)
-    return (texts[i] for i in order)
-
-
-def _described(source: Evaluation) -> Any:
-    if isinstance(source, Mapping):
-        return {"sets": {name: _described(texts) for name, texts in source.items()}}
-    if isinstance(source, TextSource):
-        return asdict(source)
-    if isinstance(source, PathLike):
-        return os.fspath(source)
-    if source is None or isinstance(source, str):
-        return source
-    return {"iterable": type(source).__name__}
+    return labelled + [{**rows[0], "labels": no_labels}] * missing

@@ -1,4 +1,4 @@
-"""A causal language model of transformers as a LightningModule."""
+"""LightningModule for causal language models of transformers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from torchmetrics import Metric
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
-from symprune_lightning.engine.layers import decoder_blocks, prunable_layers
-from symprune_lightning.engine.parallel import is_sharded, shard_
-from symprune_lightning.pretrained import IGNORE, load_model
+from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX, load_model
+from symprune_lightning.engine.distributed.dtensor import is_dtensor
+from symprune_lightning.engine.distributed.sharding import shard_model_
+from symprune_lightning.engine.layers.select import decoder_blocks, prunable_layers
 
 Batch = Mapping[str, Tensor]
-"""``input_ids`` and, if there are any, ``attention_mask`` and ``labels``; each (batch, tokens)."""
+"""``input_ids`` and optionally ``attention_mask`` and ``labels``, each ``(batch, tokens)``."""
 
-CHUNK = 2**25
-"""Most logits that are held in float32 at once: 128 MiB."""
+MAX_LOGITS = 2**25
+"""Maximum number of logits converted to float32 at once (128 MiB)."""
 
 
 class TokenPerplexity(Perplexity):
-    """torchmetrics' ``Perplexity`` that is exact for any dtype, vocabulary and number of tokens.
+    """Perplexity that is exact for any dtype, vocabulary size and number of tokens.
 
-    The parent takes the softmax in the logits' own dtype, which overflows in half precision and is
-    infinite where a probability underflows. Here the logarithm of the softmax is taken in float32,
-    in chunks of tokens, and totals are kept in float64.
+    ``torchmetrics.text.Perplexity`` computes the softmax in the dtype of the logits, which
+    overflows in half precision, and returns infinity if a probability underflows. This subclass
+    computes the log-softmax in float32, in chunks of tokens, and accumulates in float64.
 
     Examples:
         >>> metric = TokenPerplexity(ignore_index=-100)
@@ -40,45 +41,48 @@ class TokenPerplexity(Perplexity):
     """
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add predictions.
+        """Update the metric with a batch.
 
         Args:
-            preds: Logits, ``(batch, tokens, vocabulary)``, any floating-point dtype.
-            target: Token ids, ``(batch, tokens)``; ``ignore_index`` where none is to be predicted.
+            preds: Logits, shape ``(batch, tokens, vocabulary)``, any floating-point dtype.
+            target: Token ids, shape ``(batch, tokens)``; positions with ``ignore_index`` are not
+                counted.
         """
-        size = max(1, CHUNK // preds.shape[-1])
-        flat, targets = preds.flatten(0, 1), target.flatten()
-        chunks = zip(torch.split(flat, size), torch.split(targets, size), strict=True)
-        ignored = IGNORE if self.ignore_index is None else self.ignore_index
-        nats = [
-            F.cross_entropy(logits.float(), ids, ignore_index=ignored, reduction="sum")
-            for logits, ids in chunks
+        chunk_size = max(1, MAX_LOGITS // preds.shape[-1])
+        logits, targets = preds.flatten(0, 1), target.flatten()
+        chunks = zip(torch.split(logits, chunk_size), torch.split(targets, chunk_size), strict=True)
+        ignore_index = IGNORE_INDEX if self.ignore_index is None else self.ignore_index
+        losses = [
+            F.cross_entropy(chunk.float(), ids, ignore_index=ignore_index, reduction="sum")
+            for chunk, ids in chunks
         ]
-        # not `+=`: a module moved to half precision takes its metrics' totals along
-        self.total_log_probs = self.total_log_probs.double() + torch.stack(nats).double().sum()
-        self.count = self.count.double() + (target != ignored).sum()
+        # Not `+=`: a module that is moved to half precision also converts the states of its
+        # metrics, and an in-place sum would stay in that dtype.
+        self.total_log_probs = self.total_log_probs.double() + torch.stack(losses).double().sum()
+        self.count = self.count.double() + (target != ignore_index).sum()
 
 
 class CausalLMModule(LightningModule):
-    """Wraps a causal language model for pruning, evaluation and fine-tuning.
+    """LightningModule that prunes, evaluates and fine-tunes a causal language model.
 
-    Evaluation logs ``val_loss`` (mean nats per token) and ``val_perplexity`` (``test_…`` in
-    ``test``), both exact over the whole set; training logs ``train_loss``. Of several dataloaders,
-    these are over all tokens, and ``val_perplexity/<name>`` is over those of one.
+    Training logs ``train_loss``. Validation logs ``val_loss`` (mean negative log-likelihood per
+    token, in nats) and ``val_perplexity``, testing ``test_loss`` and ``test_perplexity``; all four
+    are exact over all tokens of the evaluation set. With several dataloaders they are over the
+    tokens of all of them, and ``val_perplexity/<name>`` is logged for each.
 
     Args:
-        pretrained: Hub name, local folder, path of a ``.gguf`` file, or a model that is loaded
-            already.
-        dtype: ``"auto"`` for the checkpoint's own (float32 for GGUF), or a name such as
-            ``"bfloat16"``. Not used for a loaded model.
-        learning_rate: Of AdamW, for ``fit``.
-        trust_remote_code: Let the checkpoint run code of its own. Off unless you say so.
+        pretrained: Hub name, local folder, path to a ``.gguf`` file, or a loaded model. Anything
+            but a loaded model is loaded in ``configure_model``.
+        dtype: ``"auto"`` for the dtype of the checkpoint (float32 for GGUF), or a name such as
+            ``"bfloat16"``. Ignored for a loaded model. Default: ``"auto"``.
+        learning_rate: Learning rate of AdamW in ``fit``. Default: ``2e-5``.
+        trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
 
     Attributes:
-        model: The transformers model; there after ``configure_model``, which the Trainer calls.
+        model: The transformers model; ``None`` until ``configure_model``, which the Trainer calls.
 
     Raises:
-        FileNotFoundError: ``pretrained`` is a path, and nothing is there.
+        FileNotFoundError: In ``configure_model``, if ``pretrained`` is a path that does not exist.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,54 +112,59 @@ class CausalLMModule(LightningModule):
         self.dtype_name = dtype
         self.learning_rate = learning_rate
         self.trust_remote_code = trust_remote_code
-        self.val_perplexity = TokenPerplexity(ignore_index=IGNORE)
-        self.test_perplexity = TokenPerplexity(ignore_index=IGNORE)
-        self._by_loader: dict[str, TokenPerplexity] = {}
+        self.val_perplexity = TokenPerplexity(ignore_index=IGNORE_INDEX)
+        self.test_perplexity = TokenPerplexity(ignore_index=IGNORE_INDEX)
+        self._loader_metrics: dict[str, TokenPerplexity] = {}
 
     def configure_model(self) -> None:
-        """Load the model, once, and shard it if the strategy is ``ModelParallelStrategy``.
+        """Load the model, and shard it under ``ModelParallelStrategy``. Further calls do nothing.
 
-        Each decoder block is sharded by FSDP2, and its layers are divided by the tensor-parallel
-        plan of transformers, over the two dimensions of the strategy's mesh.
+        Layers are parallelized by the tensor-parallel plan of transformers over the
+        ``tensor_parallel`` dimension of the device mesh, and each decoder block is sharded with
+        FSDP2 over ``data_parallel``.
 
         Raises:
-            ValueError: The model can't be divided over so many processes.
+            ValueError: The model has no tensor-parallel plan, or its number of key-value heads is
+                not divisible by the tensor-parallel size.
         """
         if self.model is None:
             self.model = load_model(
                 self.pretrained, dtype=self.dtype_name, trust_remote_code=self.trust_remote_code
             ).train()  # as any module that is new; transformers loads in eval mode
         mesh = self.device_mesh
-        if mesh is not None and not any(is_sharded(p) for p in self.model.parameters()):
+        if mesh is not None and not any(is_dtensor(p) for p in self.model.parameters()):
             config = self.model.config
             blocks = list(decoder_blocks(self.model, prunable_layers(self.model)))
             heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-            shard_(self.model, blocks, mesh, self.model.tp_plan or {}, heads)
+            shard_model_(self.model, blocks, mesh, self.model.tp_plan or {}, heads)
 
     @property
     def prunable_model(self) -> PreTrainedModel:
-        """What is pruned; layers are named as in the checkpoint.
+        """The model to prune. Its layer names are those of the checkpoint.
 
         Raises:
             RuntimeError: The model is not loaded yet.
         """
         if self.model is None:
-            raise RuntimeError("the model is loaded by configure_model(), which a Trainer calls")
+            raise RuntimeError(
+                "the model is not loaded yet; a Trainer calls configure_model() first"
+            )
         return self.model
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits, ``(batch, tokens, vocabulary)``."""
+        """Return the logits of a batch, shape ``(batch, tokens, vocabulary)``."""
+        # without labels, of which the model would compute a loss that is not used
         inputs = {name: x for name, x in batch.items() if name != "labels"}
         logits: Tensor = self.prunable_model(**inputs, use_cache=False).logits
         return logits
 
     def calibration_step(self, batch: Batch) -> Tensor:
-        """One batch through the model, for its activations only."""
+        """Run the forward pass of a calibration batch and return its logits."""
         logits: Tensor = self(batch)
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean nats per token of a batch."""
+        """Return the mean negative log-likelihood per token of a batch."""
         logits = self(batch)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), _targets(batch).flatten())
         if self._trainer is not None:
@@ -164,64 +173,74 @@ class CausalLMModule(LightningModule):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _log_loss(self, loss: Tensor) -> None:
-        """Lightning's ``log`` looks at signatures, which compiled code can't."""
+        """Log the loss outside ``torch.compile``, which cannot trace ``LightningModule.log``."""
         self.log("train_loss", loss, prog_bar=True)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the perplexity."""
+        """Update the perplexity with a batch."""
         metric = self._metric(self.val_perplexity, "val_dataloaders", dataloader_idx)
         metric.update(self(batch), _targets(batch))
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the perplexity."""
+        """Update the perplexity with a batch."""
         metric = self._metric(self.test_perplexity, "test_dataloaders", dataloader_idx)
         metric.update(self(batch), _targets(batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the perplexity over all batches and ranks."""
+        """Log loss and perplexity over all batches and ranks."""
         self._log_perplexity("val", self.val_perplexity)
 
     def on_test_epoch_end(self) -> None:
-        """Log the perplexity over all batches and ranks."""
+        """Log loss and perplexity over all batches and ranks."""
         self._log_perplexity("test", self.test_perplexity)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW at a constant rate."""
+        """Return AdamW with a constant learning rate."""
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
 
-    def _metric(self, whole: TokenPerplexity, loaders: str, index: int) -> TokenPerplexity:
-        """What a batch is added to: a metric for each loader, if there are several."""
-        found = None if self._trainer is None else getattr(self._trainer, loaders)
-        if isinstance(found, Mapping):
-            name = str(list(found)[index])
-        elif isinstance(found, Sequence) and len(found) > 1:
-            name = str(index)
+    def _metric(
+        self, single: TokenPerplexity, loaders_name: str, dataloader_idx: int
+    ) -> TokenPerplexity:
+        """Return ``single``, or the metric of one dataloader if there are several."""
+        dataloaders = None if self._trainer is None else getattr(self._trainer, loaders_name)
+        if isinstance(dataloaders, Mapping):
+            name = str(list(dataloaders)[dataloader_idx])
+        elif isinstance(dataloaders, Sequence) and len(dataloaders) > 1:
+            name = str(dataloader_idx)
         else:
-            return whole
-        if name not in self._by_loader:
-            self._by_loader[name] = TokenPerplexity(ignore_index=IGNORE).to(self.device)
-        return self._by_loader[name]
+            return single
+        if name not in self._loader_metrics:
+            metric = TokenPerplexity(ignore_index=IGNORE_INDEX)
+            self._loader_metrics[name] = metric.to(self.device)
+        return self._loader_metrics[name]
 
-    def _log_perplexity(self, stage: str, metric: TokenPerplexity) -> None:
-        parts = {f"{stage}_perplexity/{k}": part for k, part in self._by_loader.items()}
-        whole: Metric = metric if not parts else next(iter(parts.values())).clone()
-        for part in list(parts.values())[1:]:
-            whole.merge_state(part)
-        perplexity = whole.compute()
-        self._by_loader.clear()
-        metric.reset()
-        figures = {f"{stage}_loss": perplexity.log(), f"{stage}_perplexity": perplexity}
-        figures |= {name: part.compute() for name, part in parts.items()}
-        # equal on all processes already; told so, Lightning does not warn
-        self.log_dict(figures, prog_bar=True, sync_dist=True)
+    def _log_perplexity(self, stage: str, single: TokenPerplexity) -> None:
+        by_loader = {f"{stage}_perplexity/{k}": m for k, m in self._loader_metrics.items()}
+        metrics = list(by_loader.values())
+        # Totals are merged, not perplexities averaged, so that every token has the same weight.
+        # The clone is local to this rank; compute() reduces it over all ranks.
+        overall: Metric = metrics[0].clone() if metrics else single
+        for metric in metrics[1:]:
+            overall.merge_state(metric)
+        perplexity = overall.compute()
+        self._loader_metrics.clear()
+        single.reset()
+        values = {f"{stage}_loss": perplexity.log(), f"{stage}_perplexity": perplexity}
+        values |= {name: metric.compute() for name, metric in by_loader.items()}
+        # compute() has already reduced the values; sync_dist only silences Lightning's warning
+        self.log_dict(values, prog_bar=True, sync_dist=True)
 
 
 def _targets(batch: Batch) -> Tensor:
-    """For each position the token to be predicted there, ``IGNORE`` where there is none."""
+    """Return the next token of each position, ``IGNORE_INDEX`` for padding and the last one.
+
+    Returns:
+        Token ids, shape ``(batch, tokens)``, aligned with the logits.
+    """
     labels = batch.get("labels")
     if labels is None:
         labels = batch["input_ids"]
         if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORE)
-    targets: Tensor = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
+    targets: Tensor = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     return targets

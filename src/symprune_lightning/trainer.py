@@ -1,9 +1,11 @@
-"""A Lightning Trainer that takes callbacks for one call, and prunes."""
+"""A Lightning Trainer with callbacks for one call, and ``prune``.
+
+Longer than 300 lines since the signatures of ``fit``, ``validate`` and ``test`` repeat Lightning's.
+"""
 
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,22 +17,22 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from transformers import PreTrainedModel
 
-from symprune_lightning.callbacks import (
-    Moment,
+from symprune_lightning.callbacks.integration import model_name, pruning_target
+from symprune_lightning.callbacks.pruning import (
+    PruneStage,
     PruningCallback,
-    RunOptions,
-    layer_progress,
-    pruning_target,
-    score_watcher,
+    find_pruning_callback,
+    pruning_callbacks,
+    pruning_hooks,
 )
+from symprune_lightning.checkpoints.export import check_destination, save_checkpoint
+from symprune_lightning.checkpoints.manifest import build_manifest
+from symprune_lightning.checkpoints.streaming import StreamedCheckpoint
 from symprune_lightning.datamodule import CalibrationDataModule
-from symprune_lightning.engine.layers import LM_HEAD
-from symprune_lightning.engine.parallel import ALONE, whole_state
+from symprune_lightning.engine.distributed.sharding import full_state_dict
+from symprune_lightning.engine.files import hidden_sibling
 from symprune_lightning.engine.result import PruneResult
-from symprune_lightning.export import check_destination, manifest_of, save_checkpoint
-from symprune_lightning.files import hidden
 from symprune_lightning.module import CausalLMModule
-from symprune_lightning.streaming import StreamedCheckpoint
 
 Callbacks = Callback | Sequence[Callback] | None
 
@@ -38,8 +40,8 @@ Callbacks = Callback | Sequence[Callback] | None
 class Trainer(pl.Trainer):
     """Lightning's Trainer, with ``callbacks=`` for one call, and ``prune``.
 
-    Takes the arguments of ``lightning.pytorch.Trainer``. Callbacks given to ``fit``, ``validate``,
-    ``test`` or ``prune`` are there for that call only. Unless a pruning callback says
+    Takes the arguments of ``lightning.pytorch.Trainer``. Callbacks passed to ``fit``, ``validate``,
+    ``test`` or ``prune`` are used for that call only. Unless a pruning callback has
     ``baseline=False``, ``validate`` and ``test`` evaluate the dense model first.
 
     Examples:
@@ -59,7 +61,7 @@ class Trainer(pl.Trainer):
     """
 
     callbacks: list[Callback]
-    """Those given to the constructor, and in a call those given to the call."""
+    """The callbacks passed to the constructor; during a call, also those passed to the call."""
 
     def fit(
         self,
@@ -72,18 +74,18 @@ class Trainer(pl.Trainer):
         *,
         callbacks: Callbacks = None,
     ) -> None:
-        """Run the full training routine.
+        """Run the full training routine; see ``lightning.pytorch.Trainer.fit``.
 
         Args:
-            model: As for Lightning's Trainer, like all but the last.
+            model: The LightningModule to fit.
             train_dataloaders: Training batches.
             val_dataloaders: Validation batches.
-            datamodule: In place of dataloaders.
+            datamodule: Replaces the dataloaders.
             ckpt_path: Checkpoint to resume from.
-            weights_only: How ``ckpt_path`` is read.
+            weights_only: Passed to ``torch.load`` for ``ckpt_path``.
             callbacks: Callbacks for this call.
         """
-        with self._with([*self.callbacks, *_listed(callbacks)]):
+        with self._with_callbacks([*self.callbacks, *_as_list(callbacks)]):
             super().fit(
                 model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only
             )
@@ -99,19 +101,19 @@ class Trainer(pl.Trainer):
         *,
         callbacks: Callbacks = None,
     ) -> list[Mapping[str, float]]:
-        """Evaluate on the validation set.
+        """Evaluate on the validation set; see ``lightning.pytorch.Trainer.validate``.
 
         Args:
-            model: As for Lightning's Trainer, like all but the last.
+            model: The LightningModule to evaluate.
             dataloaders: Validation batches.
             ckpt_path: Checkpoint to evaluate.
-            verbose: Print the metrics.
-            datamodule: In place of dataloaders.
-            weights_only: How ``ckpt_path`` is read.
+            verbose: Whether to print the metrics.
+            datamodule: Replaces the dataloaders.
+            weights_only: Passed to ``torch.load`` for ``ckpt_path``.
             callbacks: Callbacks for this call.
 
         Returns:
-            Metrics by dataloader; of the pruned model, if a callback pruned it.
+            Metrics by dataloader; of the pruned model, if a callback prunes it.
         """
         evaluate = partial(
             super().validate,
@@ -121,7 +123,7 @@ class Trainer(pl.Trainer):
             datamodule=datamodule,
             weights_only=weights_only,
         )
-        with self._with([*self.callbacks, *_listed(callbacks)]):
+        with self._with_callbacks([*self.callbacks, *_as_list(callbacks)]):
             self._evaluate_dense("validate", model, evaluate, reloads=ckpt_path is not None)
             return evaluate(verbose=verbose)
 
@@ -136,19 +138,19 @@ class Trainer(pl.Trainer):
         *,
         callbacks: Callbacks = None,
     ) -> list[Mapping[str, float]]:
-        """Evaluate on the test set.
+        """Evaluate on the test set; see ``validate``.
 
         Args:
-            model: As for Lightning's Trainer, like all but the last.
+            model: The LightningModule to evaluate.
             dataloaders: Test batches.
             ckpt_path: Checkpoint to evaluate.
-            verbose: Print the metrics.
-            datamodule: In place of dataloaders.
-            weights_only: How ``ckpt_path`` is read.
+            verbose: Whether to print the metrics.
+            datamodule: Replaces the dataloaders.
+            weights_only: Passed to ``torch.load`` for ``ckpt_path``.
             callbacks: Callbacks for this call.
 
         Returns:
-            Metrics by dataloader; of the pruned model, if a callback pruned it.
+            Metrics by dataloader; of the pruned model, if a callback prunes it.
         """
         evaluate = partial(
             super().test,
@@ -158,7 +160,7 @@ class Trainer(pl.Trainer):
             datamodule=datamodule,
             weights_only=weights_only,
         )
-        with self._with([*self.callbacks, *_listed(callbacks)]):
+        with self._with_callbacks([*self.callbacks, *_as_list(callbacks)]):
             self._evaluate_dense("test", model, evaluate, reloads=ckpt_path is not None)
             return evaluate(verbose=verbose)
 
@@ -174,56 +176,59 @@ class Trainer(pl.Trainer):
     ) -> PruneResult:
         """Evaluate, prune, evaluate again, and write the pruned checkpoint.
 
+        With ``output``, finished blocks are recorded in the folder ``.<output>.journal`` next to
+        it. After a crash, the same call resumes from there.
+
         Args:
-            model: A module; to write a checkpoint, one whose ``prunable_model`` is a transformers
-                model, such as ``CausalLMModule``.
+            model: The LightningModule; to write a checkpoint, its ``prunable_model`` must be a
+                transformers model, as that of ``CausalLMModule``.
             dataloaders: Validation batches.
-            datamodule: In place of dataloaders; its tokenizer is saved along.
+            datamodule: Replaces the dataloaders; its tokenizer is saved along.
             output: Folder for the checkpoint and its manifest; ``None`` writes nothing.
-            stream: Read, prune and write the model block by block, for one that is larger than
-                memory. It is not evaluated then, and ``model`` has to be one that is not loaded.
+            stream: Whether to read, prune and write the model block by block, for a model larger
+                than memory. No evaluation is run; ``model`` must not be loaded yet.
             callbacks: Callbacks for this call.
 
-        While it runs, a folder ``.<output>.journal`` beside the output holds what is finished. A
-        run that was killed goes on from there when the same is called again.
-
         Returns:
-            Masks and reports; the model's weights are zeroed.
+            Masks and reports; the model's weights are already zeroed.
 
         Raises:
-            TypeError: A checkpoint is asked for, of what is no transformers model.
-            ValueError: There is not exactly one pruning callback with ``when="validate"``; or what
-                is needed to stream is missing.
-            OSError: The folder can't be written to; said before anything is run.
+            TypeError: ``output`` is given but the module wraps no transformers model.
+            ValueError: There is not exactly one pruning callback with ``when="validate"``; or an
+                argument that streaming needs is missing.
+            OSError: The folder cannot be written; raised before anything runs.
         """
-        together = [*self.callbacks, *_listed(callbacks)]
-        callback = _only_pruning(together)
+        callback = find_pruning_callback([*self.callbacks, *_as_list(callbacks)])
         if output is not None:
             check_destination(output)
             if not isinstance(model, CausalLMModule):
                 _transformers_model(model)
-        with self._journalled(callback, output):
+        with (
+            self._with_callbacks([*self.callbacks, *_as_list(callbacks)]),
+            self._temporary_journal(callback, output),
+        ):
             if stream:
-                return self._stream(output, model, datamodule, callback)
-            self.validate(
-                model, dataloaders, verbose=False, datamodule=datamodule, callbacks=callbacks
-            )
+                return self._prune_streamed(output, model, datamodule, callback)
+            self.validate(model, dataloaders, verbose=False, datamodule=datamodule)
             result = callback.result
             if result is None or not callback.has_pruned(model):
-                raise ValueError("nothing was pruned: are there validation batches?")
+                raise ValueError(
+                    "nothing was pruned, because the validation set is empty: pass validation "
+                    "batches, and check limit_val_batches"
+                )
             if output is not None:
-                self._save(output, model, datamodule, callback, result, together)
+                self._save(output, model, datamodule, callback, result)
             self.strategy.barrier()
         return result
 
     @contextmanager
-    def _journalled(self, callback: PruningCallback, output: str | None) -> Iterator[None]:
-        """Have a journal beside the output until that is written; one of the user's own stays."""
+    def _temporary_journal(self, callback: PruningCallback, output: str | None) -> Iterator[None]:
+        """Use a temporary journal next to the output unless the user set one."""
         if output is None or callback.journal is not None:
             yield
             return
         path = Path(output).expanduser().absolute()
-        callback.journal = hidden(path, "journal")
+        callback.journal = hidden_sibling(path, "journal")
         try:
             yield
             if self.is_global_zero:
@@ -231,44 +236,54 @@ class Trainer(pl.Trainer):
         finally:
             callback.journal = None
 
-    def _stream(
+    def _prune_streamed(
         self,
         output: str | None,
         module: LightningModule,
         datamodule: LightningDataModule | None,
         callback: PruningCallback,
     ) -> PruneResult:
+        """Prune a checkpoint block by block, with the callbacks of this call."""
         if output is None or not isinstance(datamodule, CalibrationDataModule):
-            raise ValueError("stream needs an output folder and a CalibrationDataModule")
+            raise ValueError("stream=True needs an output folder and a CalibrationDataModule")
         if not isinstance(module, CausalLMModule) or module.model is not None:
-            raise ValueError("stream needs a CausalLMModule that names a checkpoint")
+            raise ValueError("stream=True needs a CausalLMModule that is not loaded yet")
         if self.world_size > 1:
-            raise ValueError("stream runs in one process: use devices=1")
-        device = self.strategy.root_device
+            raise ValueError("stream=True runs on one process: use devices=1")
+        for hook in pruning_hooks(self):
+            hook.on_stream_start()
         checkpoint = StreamedCheckpoint(
             module.pretrained,
             output,
-            device=device,
-            ignore=getattr(callback, "ignore", LM_HEAD),
+            device=self.strategy.root_device,
             trust_remote_code=module.trust_remote_code,
         )
-        batches = (
-            {name: x.to(device) for name, x in batch.items()}
-            for batch in datamodule.calibration_dataloader()
-        )
-        with checkpoint, layer_progress(self) as progress:
-            run = RunOptions(
-                forward=None,
-                ranks=ALONE,
-                journal=callback.journal,
-                on_scores=score_watcher(self),
-                progress=progress,
-            )
-            start = time.perf_counter()
-            result = callback.prune(checkpoint, batches, 1.0, **run)
-            callback.result, callback.seconds = result, time.perf_counter() - start
-            checkpoint.finish(self._manifest(module, datamodule, callback, result))
+        with checkpoint, self._streaming(module, datamodule, checkpoint):
+            result = callback.run_pruning(self, module, placement=checkpoint)
+            manifest = self._manifest(module, datamodule, callback, result)
+            checkpoint.save(manifest)
+        self._notify_saved(output, manifest)
         return result
+
+    @contextmanager
+    def _streaming(
+        self,
+        module: CausalLMModule,
+        datamodule: CalibrationDataModule,
+        checkpoint: StreamedCheckpoint,
+    ) -> Iterator[None]:
+        """Attach module and data, and set up the callbacks, as a loop of Lightning does."""
+        module.model = checkpoint.model
+        self.datamodule: LightningDataModule | None = datamodule
+        try:
+            for callback in self.callbacks:
+                callback.setup(self, module, "validate")
+            yield
+            for callback in self.callbacks:
+                callback.teardown(self, module, "validate")
+        finally:
+            module.model = None
+            self.datamodule = None  # as Lightning does after a call
 
     def _save(
         self,
@@ -277,17 +292,21 @@ class Trainer(pl.Trainer):
         datamodule: LightningDataModule | None,
         callback: PruningCallback,
         result: PruneResult,
-        callbacks: Sequence[Callback],
     ) -> None:
         model = _transformers_model(module)
         manifest = self._manifest(module, datamodule, callback, result)
-        ours = datamodule if isinstance(datamodule, CalibrationDataModule) else None
-        tokenizer = None if ours is None else ours.tokenizer
-        state = whole_state(model)
+        tokenizer = None
+        if isinstance(datamodule, CalibrationDataModule):
+            tokenizer = datamodule.tokenizer
+        state = full_state_dict(model)
         if self.is_global_zero:
-            path = save_checkpoint(output, model, tokenizer, manifest, result.masks, state)
-            for writer in (c for c in callbacks if hasattr(c, "write_report")):
-                writer.write_report(path, manifest)
+            save_checkpoint(output, model, tokenizer, manifest, result.masks, state)
+            self._notify_saved(output, manifest)
+
+    def _notify_saved(self, output: str, manifest: Mapping[str, Any]) -> None:
+        path = Path(output).expanduser().absolute()
+        for hook in pruning_hooks(self):
+            hook.on_checkpoint_saved(path, manifest)
 
     @staticmethod
     def _manifest(
@@ -296,44 +315,43 @@ class Trainer(pl.Trainer):
         callback: PruningCallback,
         result: PruneResult,
     ) -> dict[str, Any]:
-        named = getattr(module, "pretrained", None)
-        return manifest_of(
+        return build_manifest(
             result,
-            model=str(named or _transformers_model(module).config.name_or_path),
+            model=model_name(module),
             settings=callback.settings,
-            data=datamodule.settings if isinstance(datamodule, CalibrationDataModule) else None,
+            datamodule=datamodule if isinstance(datamodule, CalibrationDataModule) else None,
             dense=callback.dense_metrics,
             pruned=callback.sparse_metrics,
         )
 
     def _evaluate_dense(
         self,
-        moment: Moment,
+        stage: PruneStage,
         model: LightningModule | None,
         evaluate: Callable[..., list[Mapping[str, float]]],
         *,
         reloads: bool,
     ) -> None:
-        """Give pruning callbacks the metrics of the dense model, where they want them."""
+        """Evaluate the dense model if a pruning callback wants a baseline."""
         module = model or self.lightning_module
-        pruning = [
+        requesting = [
             callback
-            for callback in self.callbacks
-            if isinstance(callback, PruningCallback)
-            and callback.when == moment
-            and callback.baseline
-            and (reloads or not callback.has_pruned(module))
+            for callback in pruning_callbacks(self.callbacks, stage)
+            if callback.baseline and (reloads or not callback.has_pruned(module))
         ]
-        if not pruning:
+        if not requesting:
             return
-        with self._with([c for c in self.callbacks if not isinstance(c, PruningCallback)]):
-            metrics = evaluate(verbose=False)
-        for callback in pruning:
-            callback.dense_metrics = {k: v for part in metrics for k, v in part.items()}
+        others = [c for c in self.callbacks if not isinstance(c, PruningCallback)]
+        with self._with_callbacks(others):
+            results = evaluate(verbose=False)
+            observers = pruning_hooks(self)
+        metrics = {name: value for part in results for name, value in part.items()}
+        for hook in [*requesting, *observers]:
+            hook.on_dense_evaluation_end(metrics)
 
     @contextmanager
-    def _with(self, callbacks: list[Callback]) -> Iterator[None]:
-        """Have these callbacks until the end; checkpoints come last, as Lightning wants it."""
+    def _with_callbacks(self, callbacks: list[Callback]) -> Iterator[None]:
+        """Temporarily install callbacks (Checkpoint callbacks last, as Lightning requires)."""
         before = self.callbacks
         self.callbacks = sorted(callbacks, key=lambda c: isinstance(c, Checkpoint))
         try:
@@ -346,23 +364,13 @@ def _transformers_model(module: LightningModule) -> PreTrainedModel:
     model = pruning_target(module)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"output= writes transformers models, and {type(model).__name__} is none: name one in "
-            f"an attribute `prunable_model`, or use Trainer.save_checkpoint"
+            f"output= writes transformers models, and {type(model).__name__} is not one: set the "
+            f"attribute `prunable_model` to the transformers model, or use Trainer.save_checkpoint"
         )
     return model
 
 
-def _listed(callbacks: Callbacks) -> list[Callback]:
+def _as_list(callbacks: Callbacks) -> list[Callback]:
     if callbacks is None:
         return []
     return [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
-
-
-def _only_pruning(callbacks: Sequence[Callback]) -> PruningCallback:
-    found = [c for c in callbacks if isinstance(c, PruningCallback) and c.when == "validate"]
-    if len(found) != 1:
-        raise ValueError(
-            f"prune needs exactly one pruning callback with when='validate', such as SymPrune(); "
-            f"there are {len(found)}"
-        )
-    return found[0]

@@ -18,15 +18,15 @@ from torch.utils.data import DataLoader
 from symprune_lightning import (
     CalibrationDataModule,
     CausalLMModule,
-    Gradual,
+    CubicSchedule,
     MaskedFinetuning,
     SymPrune,
     Trainer,
     prune_model,
     save_masks,
 )
-from symprune_lightning.engine.layers import Layer
-from symprune_lightning.engine.parallel import local
+from symprune_lightning.engine.layers.select import Layer
+from symprune_lightning.engine.distributed.communicator import local
 from tests.groups import run_trainers
 from tests.models import VOCABULARY, batches, build
 
@@ -361,7 +361,7 @@ def test_gradual():
             levels.append(round(zero, 2))
             pruned.append({id(w): (w == 0) for w in weights})
 
-    gradual = SymPrune("wanda", sparsity=0.8, when=Gradual(start=2, end=10, every=4))
+    gradual = SymPrune("wanda", sparsity=0.8, when=CubicSchedule(start=2, end=10, every=4))
     masked, tuned = MaskedFinetuning(), module()
     fitted = trainer(max_steps=14, accumulate_grad_batches=2)
     fitted.fit(tuned, datamodule=data(), callbacks=[Level(), masked, gradual])
@@ -382,7 +382,7 @@ def is_pruned(m: nn.Module) -> bool:
 def test_gradual_resumed_is_as_never_stopped(tmp_path):
     def run(folder: Path, epochs: int, resume: Path | None = None) -> Tuned:
         tuned = module()
-        gradual = SymPrune("wanda", sparsity=0.8, when=Gradual(end=24, every=5))
+        gradual = SymPrune("wanda", sparsity=0.8, when=CubicSchedule(end=24, every=5))
         saved = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
         trainer(max_epochs=epochs).fit(
             tuned,
@@ -401,12 +401,12 @@ def test_gradual_resumed_is_as_never_stopped(tmp_path):
 
 def test_gradual_says_what_does_not_go_with_it():
     with pytest.raises(ValueError, match="no sparsity to grow"):
-        SymPrune(pattern="2:4", when=Gradual(end=3))
+        SymPrune(pattern="2:4", when=CubicSchedule(end=3))
     with pytest.raises(ValueError, match="journal is for pruning at once"):
-        SymPrune(when=Gradual(end=3), journal="runs/a")
+        SymPrune(when=CubicSchedule(end=3), journal="runs/a")
     for options in ({"end": 0}, {"end": 3, "start": 3}, {"end": 3, "every": 0}):
         with pytest.raises(ValueError, match="start must be"):
-            Gradual(**options)
+            CubicSchedule(**options)
 
 
 # other parts of projects

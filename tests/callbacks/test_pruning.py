@@ -1,113 +1,85 @@
+"""Stages, metrics and observers of pruning callbacks, under both Trainers."""
+
 from __future__ import annotations
+
+import pickle
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
 
 from symprune_lightning import (
-    RIA,
     CalibrationDataModule,
-    CausalLMModule,
-    DSnoT,
+    PruneResult,
+    PruningCallback,
+    PruningMethod,
+    RunOptions,
     SymPrune,
     Trainer,
     prune_model,
+    prune_with,
+)
+from tests.callbacks.examples import (
+    HookRecorder,
+    Regression,
+    assert_records_the_run,
+    language_module,
+    loader,
+    quiet_trainer,
+    sparsity,
+    text_data,
 )
 from tests.models import build
-from tests.texts import texts, tokenizer
-
-
-def quiet(kind=Trainer, **options):
-    return kind(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
-def data(**options):
-    sizes = {"sequences": 6, "sequence_length": 16, "evaluation_sequences": 5, "batch_size": 2}
-    return CalibrationDataModule(texts(), tokenizer(), **{**sizes, **options})
-
-
-def module():
-    return CausalLMModule(build("llama"), learning_rate=1e-2)
 
 
 def zeros(model):
     return {n: p == 0 for n, p in model.named_parameters() if p.dim() == 2}
 
 
-class Plain(pl.LightningModule):
-    """Somebody's own module: no calibration_step, batches are (x, y) or x."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        return self(batch).square().mean()
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self(batch).square().mean())
-
-    test_step = validation_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def loader():
-    return DataLoader(torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), batch_size=4)
-
-
-def sparsity(plain):
-    return float((plain.net[0].weight == 0).float().mean())
-
-
-def test_stock_and_own_trainer_and_prune_model_give_the_same_masks():
-    ours, stock, plain = module(), module(), build("llama")
-    quiet().validate(ours, datamodule=data(), callbacks=[SymPrune(sparsity=0.5)], verbose=False)
+def test_both_trainers_and_prune_model_give_the_same_masks():
+    own, stock, plain = language_module(), language_module(), build("llama")
+    quiet_trainer().validate(
+        own, datamodule=text_data(), callbacks=[SymPrune(sparsity=0.5)], verbose=False
+    )
     callback = SymPrune(sparsity=0.5)
-    quiet(pl.Trainer, callbacks=[callback]).validate(stock, datamodule=data(), verbose=False)
-    result = prune_model(plain, data().calibration_dataloader(), sparsity=0.5)
-    a, b, c = zeros(ours.model), zeros(stock.model), zeros(plain)
+    quiet_trainer(pl.Trainer, callbacks=[callback]).validate(
+        stock, datamodule=text_data(), verbose=False
+    )
+    result = prune_model(plain, text_data().calibration_dataloader(), sparsity=0.5)
+    a, b, c = zeros(own.model), zeros(stock.model), zeros(plain)
     assert all(torch.equal(a[n], b[n]) and torch.equal(a[n], c[n]) for n in a)
-    assert set(callback.result.masks) == set(result.masks), "names as in the checkpoint"
+    assert callback.result.masks == result.masks, "names are those of the checkpoint"
 
 
-@pytest.mark.parametrize("kind", [Trainer, pl.Trainer])
+@pytest.mark.parametrize("trainer_class", [Trainer, pl.Trainer])
 @pytest.mark.parametrize("inference_mode", [True, False])
-def test_fit_after_validate_in_the_same_process(kind, inference_mode):
-    model, trainer = module(), quiet(kind, max_steps=3, inference_mode=inference_mode)
-    prune = SymPrune(refine="r2dsnot")
-    if kind is Trainer:
-        trainer.validate(model, datamodule=data(), callbacks=prune, verbose=False)
+def test_fit_after_validate_in_the_same_process(trainer_class, inference_mode):
+    model = language_module()
+    trainer = quiet_trainer(trainer_class, max_steps=3, inference_mode=inference_mode)
+    callback = SymPrune(refine="r2dsnot")
+    if trainer_class is Trainer:
+        trainer.validate(model, datamodule=text_data(), callbacks=callback, verbose=False)
     else:
-        trainer.callbacks.append(prune)
-        trainer.validate(model, datamodule=data(), verbose=False)
+        trainer.callbacks.append(callback)
+        trainer.validate(model, datamodule=text_data(), verbose=False)
     before = model.model.model.layers[0].mlp.up_proj.weight.detach().clone()
     assert (before == 0).sum() == before.numel() // 2
-    trainer.fit(model, data().calibration_dataloader(), data().val_dataloader())
+    trainer.fit(model, text_data().calibration_dataloader(), text_data().val_dataloader())
     assert trainer.global_step == 3
     assert not torch.equal(model.model.model.layers[0].mlp.up_proj.weight, before)
 
 
+# metrics
+
+
 def test_metrics_before_and_after():
-    prune, model, dense = SymPrune(sparsity=0.9), module(), module()
-    (metrics,) = quiet().validate(model, datamodule=data(), callbacks=prune, verbose=False)
-    (reference,) = quiet().validate(dense, datamodule=data(), verbose=False)
-    assert prune.dense_metrics == reference
-    assert prune.sparse_metrics == metrics
+    callback, model, dense = SymPrune(sparsity=0.9), language_module(), language_module()
+    (metrics,) = quiet_trainer().validate(
+        model, datamodule=text_data(), callbacks=callback, verbose=False
+    )
+    (reference,) = quiet_trainer().validate(dense, datamodule=text_data(), verbose=False)
+    assert callback.dense_metrics == reference
+    assert callback.sparse_metrics == metrics
     assert metrics["val_perplexity"] != reference["val_perplexity"]
     assert metrics["val_loss"] == pytest.approx(
         torch.tensor(metrics["val_perplexity"]).log().item(), rel=1e-5
@@ -115,10 +87,12 @@ def test_metrics_before_and_after():
 
 
 def test_perplexity_is_that_of_the_pruned_model_over_all_tokens():
-    prune, model = SymPrune(), module()
-    (metrics,) = quiet().validate(model, datamodule=data(), callbacks=prune, verbose=False)
-    ids = torch.cat([b["input_ids"] for b in data().val_dataloader()])
-    loss = model.model(input_ids=ids, labels=ids).loss  # all sequences have one length
+    model = language_module()
+    (metrics,) = quiet_trainer().validate(
+        model, datamodule=text_data(), callbacks=SymPrune(), verbose=False
+    )
+    ids = torch.cat([b["input_ids"] for b in text_data().val_dataloader()])
+    loss = model.model(input_ids=ids, labels=ids).loss  # all sequences have the same length
     assert metrics["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -126,162 +100,93 @@ def test_perplexity_of_several_named_sets():
     sets = {"low": [list(range(3, 19))] * 3, "high": [list(range(40, 56))] * 2}
     sizes = {"sequences": 2, "sequence_length": 16}
     several = CalibrationDataModule(sets["low"], evaluation=sets, evaluation_sequences=2, **sizes)
-    prune, model = SymPrune(), module()
-    metrics = quiet().validate(model, datamodule=several, callbacks=prune, verbose=False)
-    alone = {}
+    callback, model = SymPrune(), language_module()
+    metrics = quiet_trainer().validate(
+        model, datamodule=several, callbacks=callback, verbose=False
+    )
+    single = {}
     for name, ids in sets.items():
-        one = CalibrationDataModule(ids, evaluation=ids, evaluation_sequences=2, **sizes)
-        (found,) = quiet().validate(model, datamodule=one, verbose=False)
-        alone[f"val_perplexity/{name}"] = found["val_perplexity"]
-    for name, perplexity in alone.items():
-        assert prune.sparse_metrics[name] == pytest.approx(perplexity, rel=1e-6)
-    both = torch.tensor(list(alone.values())).log().mean().exp()  # of as many tokens each
-    assert prune.sparse_metrics["val_perplexity"] == pytest.approx(both.item(), rel=1e-5)
-    assert prune.dense_metrics.keys() == prune.sparse_metrics.keys()
+        data = CalibrationDataModule(ids, evaluation=ids, evaluation_sequences=2, **sizes)
+        (values,) = quiet_trainer().validate(model, datamodule=data, verbose=False)
+        single[f"val_perplexity/{name}"] = values["val_perplexity"]
+    for name, perplexity in single.items():
+        assert callback.sparse_metrics[name] == pytest.approx(perplexity, rel=1e-6)
+    mean = torch.tensor(list(single.values())).log().mean().exp()  # the sets have equal sizes
+    assert callback.sparse_metrics["val_perplexity"] == pytest.approx(mean.item(), rel=1e-5)
+    assert callback.dense_metrics.keys() == callback.sparse_metrics.keys()
     assert len(metrics) == 2
-    lists = quiet().test(model, list(several.test_dataloader().values()), verbose=False)
-    assert lists[0]["test_perplexity/1"] == pytest.approx(alone["val_perplexity/high"], rel=1e-6)
+    loaders = list(several.test_dataloader().values())
+    (first, _) = quiet_trainer().test(model, loaders, verbose=False)
+    assert first["test_perplexity/1"] == pytest.approx(single["val_perplexity/high"], rel=1e-6)
 
 
 def test_without_baseline_there_are_no_dense_metrics():
-    prune = SymPrune(baseline=False)
-    quiet().validate(module(), datamodule=data(), callbacks=prune, verbose=False)
-    assert prune.dense_metrics == {}
-    assert prune.sparse_metrics["val_perplexity"] > 0
+    callback = SymPrune(baseline=False)
+    quiet_trainer().validate(
+        language_module(), datamodule=text_data(), callbacks=callback, verbose=False
+    )
+    assert callback.dense_metrics == {}
+    assert callback.sparse_metrics["val_perplexity"] > 0
+
+
+# stages
 
 
 def test_a_module_is_pruned_once_and_another_one_again():
-    prune, first, second = SymPrune(), module(), module()
-    trainer = quiet(callbacks=[prune])
-    trainer.validate(first, datamodule=data(), verbose=False)
-    result = prune.result
-    trainer.validate(first, datamodule=data(), verbose=False)
-    assert prune.result is result
-    trainer.validate(second, datamodule=data(), verbose=False)
-    assert prune.result is not result
+    callback, first, second = SymPrune(), language_module(), language_module()
+    trainer = quiet_trainer(callbacks=[callback])
+    trainer.validate(first, datamodule=text_data(), verbose=False)
+    result = callback.result
+    trainer.validate(first, datamodule=text_data(), verbose=False)
+    assert callback.result is result
+    trainer.validate(second, datamodule=text_data(), verbose=False)
+    assert callback.result is not result
 
 
 @pytest.mark.parametrize("when", ["fit_start", "fit_end"])
 def test_pruning_in_fit(when):
-    model, prune = Plain(), SymPrune(when=when, calibration=loader(), score="wanda")
-    seen = []
+    model, callback = Regression(), SymPrune(when=when, calibration=loader(), score="wanda")
+    levels = []
 
-    class Watching(pl.Callback):
+    class Levels(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            seen.append(sparsity(pl_module))
+            levels.append(sparsity(pl_module))
 
         def on_sanity_check_end(self, trainer, pl_module):
-            seen.append(sparsity(pl_module))
+            levels.append(sparsity(pl_module))
 
-    watching = Watching()
-    quiet(max_steps=2).fit(model, loader(), loader(), callbacks=[prune, watching])
-    assert seen[1] == (0.5 if when == "fit_start" else 0)
-    assert prune.result.sparsity == 0.5
-    assert prune.sparse_metrics == {}, "nothing was evaluated since"
+    quiet_trainer(max_steps=2).fit(model, loader(), loader(), callbacks=[callback, Levels()])
+    assert levels[1] == (0.5 if when == "fit_start" else 0)
+    assert callback.result.sparsity == 0.5
+    assert callback.sparse_metrics == {}, "the pruned model was not evaluated"
     if when == "fit_end":
-        assert seen == [0, 0, 0]
+        assert levels == [0, 0, 0]
         assert sparsity(model) == 0.5
 
 
 @pytest.mark.parametrize("when", ["validate", "test"])
-def test_fit_with_its_validations_does_not_prune(when):
-    model = Plain()
-    prune = SymPrune(when=when, calibration=loader())
-    quiet(max_epochs=1, callbacks=[prune]).fit(model, loader(), loader())
-    assert prune.result is None
+def test_validation_inside_fit_does_not_prune(when):
+    model = Regression()
+    callback = SymPrune(when=when, calibration=loader())
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(model, loader(), loader())
+    assert callback.result is None
     assert sparsity(model) == 0
 
 
 def test_pruning_in_test_only():
-    model, prune = Plain(), SymPrune(when="test", calibration=loader())
-    trainer = quiet(callbacks=[prune])
+    model, callback = Regression(), SymPrune(when="test", calibration=loader())
+    trainer = quiet_trainer(callbacks=[callback])
     trainer.validate(model, loader(), verbose=False)
-    assert prune.result is None
+    assert callback.result is None
     trainer.test(model, loader(), verbose=False)
     assert sparsity(model) == 0.5
-    assert set(prune.dense_metrics) == {"val_loss"}
+    assert set(callback.dense_metrics) == {"val_loss"}
 
 
-def test_own_module_with_a_calibration_step():
-    class Own(Plain):
-        def calibration_step(self, batch):
-            x, _ = batch
-            return self.net(x)
-
-    pairs = [(x, x[:, 0]) for x in loader()]
-    model, prune = Own(), SymPrune(calibration=pairs)
-    quiet().validate(model, loader(), callbacks=prune, verbose=False)
-    assert sparsity(model) == 0.5
-    assert set(prune.result.masks) == {"net.0", "net.2"}
-
-
-def test_calibration_dataloader_of_the_module():
-    class Own(Plain):
-        def calibration_dataloader(self):
-            return loader()
-
-    model = Own()
-    quiet().validate(model, loader(), callbacks=SymPrune(), verbose=False)
-    assert sparsity(model) == 0.5
-
-
-def test_no_calibration_data():
-    with pytest.raises(ValueError, match=r"SymPrune has no calibration data: pass calibration="):
-        quiet().validate(Plain(), loader(), callbacks=SymPrune(), verbose=False)
-
-
-def test_calibration_runs_at_the_trainers_precision():
-    seen = []
-
-    class Own(Plain):
-        def calibration_step(self, batch):
-            y = self.net(batch)
-            seen.append(y.dtype)
-            return y
-
-    # the last layer only runs for the batch that looks out for repeated layers
-    model = Own()
-    prune = SymPrune(calibration=loader())
-    quiet(precision="bf16-mixed").validate(model, loader(), callbacks=prune, verbose=False)
-    assert seen == [torch.bfloat16]
-    assert model.net[0].weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"when": "later"}, "when is 'later'; choose one of"),
-        ({"sparsity": 1.5}, "fraction of weights to prune"),
-        ({"score": "nothing"}, "no Score is called"),
-        ({"refine": "nothing"}, "no MaskRefiner is called"),
-        ({"schedule": "nothing"}, "schedule is 'nothing'; choose one of"),
-        ({"pattern": "2/4"}, "write it as 'N:M'"),
-        ({"group": "model"}, "use schedule='dense'"),
-        ({"refine": {"re:.*": "dsnott"}}, "no MaskRefiner is called 'dsnott'"),
-    ],
-)
-def test_wrong_arguments_are_said_at_once(options, message):
-    with pytest.raises(ValueError, match=message):
-        SymPrune(**options)
-
-
-def test_settings_are_plain():
-    prune = SymPrune(RIA(alpha=1.0), refine={"re:.*": DSnoT(cycles=3)}, sparsity=0.25)
-    assert prune.settings["score"] == {"name": "RIA", "alpha": 1.0}
-    assert (prune.settings["sparsity"], prune.settings["group"]) == (0.25, "output")
-    assert "pattern" not in prune.settings
-    assert prune.settings["refine"]["re:.*"][0]["cycles"] == 3
-    other = SymPrune(pattern="2:4", refine="exactswap", update="obsupdate").settings
-    assert other["pattern"] == {"name": "NM", "n": 2, "m": 4, "permute": False}
-    assert other["refine"] == [{"name": "ExactSwap", "cycles": 50}]
-    assert other["update"]["name"] == "OBSUpdate"
-    assert "sparsity" not in other
-
-
-def test_dense_weights_that_come_back_are_pruned_again(tmp_path):
-    model, prune = Plain(), SymPrune(calibration=loader())
-    quiet(max_steps=1).fit(model, loader())
-    trainer = quiet(callbacks=[prune])
+def test_dense_weights_that_are_loaded_again_are_pruned_again(tmp_path):
+    model, callback = Regression(), SymPrune(calibration=loader())
+    quiet_trainer(max_steps=1).fit(model, loader())
+    trainer = quiet_trainer(callbacks=[callback])
     trainer.strategy.connect(model)
     torch.save(
         {"state_dict": model.state_dict(), "pytorch-lightning_version": pl.__version__},
@@ -290,54 +195,110 @@ def test_dense_weights_that_come_back_are_pruned_again(tmp_path):
     for _ in range(2):
         trainer.validate(model, loader(), ckpt_path=tmp_path / "dense.ckpt", verbose=False)
         assert sparsity(model) == 0.5
-    dense = dict(prune.dense_metrics)
-    quiet(max_steps=2).fit(model, loader())
-    assert not prune.has_pruned(model)
+    dense = dict(callback.dense_metrics)
+    quiet_trainer(max_steps=2).fit(model, loader())
+    assert not callback.has_pruned(model)
     trainer.validate(model, loader(), verbose=False)
     assert sparsity(model) == 0.5
-    assert prune.dense_metrics != dense
-
-
-def test_batches_are_converted_and_transferred_as_lightning_does():
-    class Own(Plain):
-        def on_before_batch_transfer(self, batch, dataloader_idx):
-            return batch["x"]
-
-    batches = DataLoader([{"x": x} for x in torch.randn(12, 8)], batch_size=4)
-    model, prune = Own(), SymPrune(calibration=batches)
-    quiet(precision="64-true").validate(model, batches, callbacks=prune, verbose=False)
-    assert sparsity(model) == 0.5
-    assert torch.get_default_dtype() == torch.float32
-
-
-def test_batch_that_forward_does_not_take():
-    pairs = [(x, x) for x in loader()]
-    with pytest.raises(TypeError, match=r"give the module a method calibration_step\(batch\)"):
-        quiet().validate(Plain(), loader(), callbacks=SymPrune(calibration=pairs), verbose=False)
-
-
-def test_magnitude_needs_no_calibration_data():
-    model = Plain()
-    quiet().validate(model, loader(), callbacks=SymPrune("magnitude"), verbose=False)
-    assert sparsity(model) == 0.5
+    assert callback.dense_metrics != dense
 
 
 def test_a_callback_that_has_pruned_can_be_pickled():
-    import pickle
+    callback = SymPrune(calibration=list(loader()))
+    quiet_trainer().validate(Regression(), loader(), callbacks=callback, verbose=False)
+    copy = pickle.loads(pickle.dumps(callback))
+    assert copy.result.sparsity == 0.5
+    assert copy.result.masks == callback.result.masks
 
-    prune = SymPrune(calibration=list(loader()))
-    quiet().validate(Plain(), loader(), callbacks=prune, verbose=False)
-    assert pickle.loads(pickle.dumps(prune)).result.sparsity == 0.5
+
+def attention_and_mlp() -> list[SymPrune]:
+    options = {"when": "fit_start", "calibration": list(loader()), "score": "magnitude"}
+    return [SymPrune(only=["net.0"], **options), SymPrune(only=["net.2"], **options)]
 
 
-def test_settings_of_somebodys_own_score_are_text():
-    from symprune_lightning import Score
+def test_the_states_of_two_callbacks_in_one_checkpoint(tmp_path):
+    """Resuming prunes only the layers of the callback that had not pruned them before."""
+    first, second = attention_and_mlp()
+    assert first.state_key != second.state_key
+    model, trainer = Regression(), quiet_trainer(max_epochs=1, callbacks=[first, second])
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "both.ckpt")
+    states = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
+    assert states == {c.state_key: {"pruned": True} for c in (first, second)}
 
-    class Own(Score):
-        def __call__(self, weight, statistics):
-            return weight.abs()
+    resumed = attention_and_mlp()
+    quiet_trainer(max_epochs=2, callbacks=resumed).fit(
+        Regression(), loader(), ckpt_path=tmp_path / "both.ckpt"
+    )
+    assert [callback.result for callback in resumed] == [None, None]
 
-        def __repr__(self):
-            return "Own()"
+    trainer = quiet_trainer(max_epochs=1, callbacks=attention_and_mlp()[:1])
+    trainer.fit(Regression(), loader())
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    resumed = attention_and_mlp()
+    quiet_trainer(max_epochs=2, callbacks=resumed).fit(
+        Regression(), loader(), ckpt_path=tmp_path / "first.ckpt"
+    )
+    assert resumed[0].result is None
+    assert resumed[1].result.masks.keys() == {"net.2"}
 
-    assert SymPrune(Own()).settings["score"] == "Own()"
+
+# subclasses and observers
+
+
+class HalfOfEachLayer(PruningCallback):
+    """A user's own callback."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.calls = []
+
+    @property
+    def settings(self):
+        return {"name": "half"}
+
+    def prune(self, model, batches, fraction, options):
+        self.calls.append((model, fraction, options))
+        return prune_with(model, batches, PruningMethod(sparsity=0.5 * fraction), options)
+
+
+def test_a_subclass_prunes_with_the_run_options_of_the_trainer(tmp_path):
+    model, recorder = Regression(), HookRecorder()
+    callback = HalfOfEachLayer(calibration=loader(), journal=tmp_path / "journal")
+    quiet_trainer().validate(model, loader(), callbacks=[callback, recorder], verbose=False)
+    ((target, fraction, options),) = callback.calls
+    assert target is model
+    assert fraction == 1
+    assert isinstance(options, RunOptions)
+    assert options.journal == tmp_path / "journal"
+    assert list(options.hooks) == [recorder]
+    assert options.communicator.world_size == 1
+    assert sparsity(model) == 0.5
+    assert isinstance(callback.result, PruneResult)
+
+
+def test_hooks_of_prune_model():
+    recorder, model = HookRecorder(), build("llama")
+    result = prune_model(
+        model, text_data().calibration_dataloader(), refine="exactswap", hooks=[recorder]
+    )
+    by_layer = ["on_layer_scored", "on_layer_pruned"] * 14
+    assert recorder.names == ["on_pruning_start", *by_layer, "on_pruning_end"]
+    layers = [name for name, _ in model.named_modules() if name in result.masks]
+    assert len(layers) == 14
+    assert_records_the_run(recorder, layers, result)
+    assert any(report.swaps for report in result.layers)
+
+
+@pytest.mark.parametrize("recorder_first", [True, False])
+def test_hooks_of_the_stock_trainer(recorder_first):
+    callback, recorder, model = SymPrune(refine="exactswap"), HookRecorder(), language_module()
+    callbacks = [recorder, callback] if recorder_first else [callback, recorder]
+    quiet_trainer(pl.Trainer, callbacks=callbacks).validate(
+        model, datamodule=text_data(), verbose=False
+    )
+    by_layer = ["on_layer_scored", "on_layer_pruned"] * 14
+    evaluation = ["on_validation_epoch_start", "on_validation_end"]
+    assert recorder.names == ["on_pruning_start", *by_layer, "on_pruning_end", *evaluation]
+    layers = [name for name, _ in model.model.named_modules() if name in callback.result.masks]
+    assert_records_the_run(recorder, layers, callback.result)

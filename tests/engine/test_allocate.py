@@ -9,7 +9,7 @@ from symprune_lightning.engine.prune import prune_model
 from tests.models import batches, build
 
 
-def test_search_takes_the_one_that_changes_the_output_least():
+def test_search_selects_the_smallest_change_of_the_output():
     result = prune_model(build("llama"), batches(), sparsity=0.6, allocation="search")
     assert [trial.error for trial in result.trials] == sorted(t.error for t in result.trials)
     assert {trial.allocation for trial in result.trials} == set(Search().candidates)
@@ -18,7 +18,7 @@ def test_search_takes_the_one_that_changes_the_output_least():
     assert all(torch.equal(result.masks[name], mask) for name, mask in alone.masks.items())
 
 
-def test_search_leaves_no_trace_of_what_it_tried():
+def test_search_restores_the_dense_weights():
     """Refined and updated layers come from the dense weights, as without a search."""
     options = {"sparsity": 0.6, "refine": "exactswap", "update": "obsupdate"}
     searched, alone = build("llama"), build("llama")
@@ -43,8 +43,14 @@ def test_search_needs_an_output():
         )
 
 
-def test_search_compares_what_comes_out_and_not_what_goes_into_a_spared_layer():
+def test_search_compares_outputs_and_not_inputs_of_an_excluded_layer():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     searched = Search((Progression(0.5), OWL()))
     result = prune_model(model, [torch.randn(5, 8)], allocation=searched, ignore=["0"])
     assert all(trial.error > 0 for trial in result.trials)
+
+
+def test_search_composes_with_offload(tmp_path):
+    options = {"sparsity": 0.6, "allocation": "search"}
+    plain = prune_model(build("llama"), batches(), **options)
+    assert prune_model(build("llama"), batches(), offload=tmp_path, **options).masks == plain.masks

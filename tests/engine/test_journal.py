@@ -1,4 +1,4 @@
-"""A run that stops goes on from the last finished block, with the same masks."""
+"""A run that stops resumes after the last finished block, with the same masks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from symprune_lightning import NM, Progression, Search, StreamedCheckpoint, prune_model
-from symprune_lightning.engine.journal import JournalError
-from symprune_lightning.engine.layers import Layer
-from symprune_lightning.engine.parallel import Ranks
-from symprune_lightning.engine.result import PruningError
+from symprune_lightning.engine.distributed.communicator import Communicator
+from symprune_lightning.engine.hooks import PruningHooks
+from symprune_lightning.engine.layers.select import find_layers
+from symprune_lightning.errors import JournalError, PruningError
 from tests.groups import run_group
 from tests.models import LANGUAGE, batches, build, llama
 
@@ -30,11 +30,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "ria": {"score": "ria"},
     "exactswap": {"score": "wanda", "refine": ["r2dsnot", "exactswap"]},
     "permuted": {"score": "ria", "pattern": NM(2, 4, permute=True)},
-    "block": {"score": "ria", "schedule": "block", "group": "block"},
-    "dense": {"score": "ria", "schedule": "dense"},
-    "model": {"score": "ria", "schedule": "dense", "group": "model"},
+    "block": {"score": "ria", "calibration_order": "block", "group": "block"},
+    "dense": {"score": "ria", "calibration_order": "dense"},
+    "model": {"score": "ria", "calibration_order": "dense", "group": "model"},
     "update": {"score": "ria", "update": "obsupdate"},
-    "sparsegpt": {"update": "sparsegpt"},
+    "sparsegpt": {"solver": "sparsegpt"},
     "owl": {"score": "wanda", "allocation": "owl"},
     "search": {
         "score": "wanda",
@@ -49,12 +49,16 @@ class StopError(Exception):
     pass
 
 
-def stopping_after(layers: int) -> Any:
-    def progress(report: Any, done: int, total: int) -> None:
-        if done == layers:
-            raise StopError
+class StopAfter(PruningHooks):
+    """Raises after this number of layers."""
 
-    return progress
+    def __init__(self, layers: int) -> None:
+        self.remaining = layers
+
+    def on_layer_pruned(self, report: Any, mask: Any) -> None:
+        self.remaining -= 1
+        if not self.remaining:
+            raise StopError
 
 
 def small(**options: Any) -> torch.nn.Module:
@@ -83,12 +87,12 @@ def same(result: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("stop", [1, 8, 16])
 @pytest.mark.parametrize("method", METHODS)
-def test_goes_on_with_the_same_masks(tmp_path, method, stop):
+def test_resumes_with_the_same_masks(tmp_path, method, stop):
     options = METHODS[method]
     whole = small()
     expected = prune_model(whole, batches(), **options)
     with pytest.raises(PruningError, match="start the same run again"):
-        prune_model(small(), batches(), **options, journal=tmp_path, progress=stopping_after(stop))
+        prune_model(small(), batches(), **options, journal=tmp_path, hooks=[StopAfter(stop)])
     model = small()
     same(prune_model(model, batches(), **options, journal=tmp_path), expected)
     for name, value in weights(whole).items():
@@ -100,59 +104,59 @@ def test_goes_on_with_the_same_masks(tmp_path, method, stop):
 def test_architectures(tmp_path, name):
     expected = prune_model(build(name), batches(name))
     with pytest.raises(PruningError):
-        prune_model(build(name), batches(name), journal=tmp_path, progress=stopping_after(7))
+        prune_model(build(name), batches(name), journal=tmp_path, hooks=[StopAfter(7)])
     same(prune_model(build(name), batches(name), journal=tmp_path), expected)
 
 
 def test_finished_blocks_are_not_pruned_again(tmp_path):
-    scored: list[int] = []
+    scored: list[str] = []
 
-    def note(report: Any, done: int, total: int) -> None:
-        scored.append(done)
+    class Scored(PruningHooks):
+        def on_layer_scored(self, layer: str, scores: Any, mask: Any) -> None:
+            scored.append(layer)
 
     with pytest.raises(PruningError):
-        prune_model(small(), batches(), journal=tmp_path, progress=stopping_after(17))
-    files = sorted(tmp_path.glob("part-*"))
-    assert [file.name for file in files] == ["part-00000.safetensors", "part-00001.safetensors"]
-    before = {file: file.stat().st_mtime_ns for file in files}
-    result = prune_model(small(), batches(), journal=tmp_path, progress=note)
-    assert scored == list(range(1, 22))
-    assert len(list(tmp_path.glob("part-*"))) == 3
-    assert files[0].stat().st_mtime_ns == before[files[0]]
-    assert files[1].stat().st_mtime_ns != before[files[1]]  # pruned again, to see that it is alike
-    # a run that is complete gives its result at once, but for the last block
-    same(prune_model(small(), batches(), journal=tmp_path), result)
+        prune_model(small(), batches(), journal=tmp_path, hooks=[StopAfter(17)])
+    result = prune_model(small(), batches(), journal=tmp_path, hooks=[Scored()])
+    # blocks 0 and 1 are finished; 1, recorded last, is pruned again to compare it
+    assert [name.split(".")[2] for name in scored] == ["1"] * 7 + ["2"] * 7
+    scored.clear()
+    # a complete run repeats its last block only
+    same(prune_model(small(), batches(), journal=tmp_path, hooks=[Scored()]), result)
+    assert [name.split(".")[2] for name in scored] == ["2"] * 7
 
 
-def test_a_search_is_not_repeated(tmp_path, monkeypatch):
-    options = METHODS["search"]
+def test_a_search_is_not_repeated(tmp_path):
+    options, forwards = METHODS["search"], []
+
+    def forward(model: Any, batch: Any) -> Any:
+        forwards.append(batch)
+        return model(**batch)
+
     expected = prune_model(small(), batches(), **options)
     with pytest.raises(PruningError):
-        prune_model(small(), batches(), **options, journal=tmp_path, progress=stopping_after(1))
-    monkeypatch.setattr(
-        "symprune_lightning.engine.allocate.Division._search",
-        lambda *_: pytest.fail("searched again"),
-    )
-    same(prune_model(small(), batches(), **options, journal=tmp_path), expected)
+        prune_model(small(), batches(), **options, journal=tmp_path, hooks=[StopAfter(1)])
+    same(prune_model(small(), batches(), **options, journal=tmp_path, forward=forward), expected)
+    assert len(forwards) == len(batches()), "one forward per batch: no trial was repeated"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sparsity": 0.6}, r"sparsity was 0.5, and is 0.6"),
-        ({"score": "wanda"}, r"score was RIA\(alpha=0.5\), and is Wanda\(\)"),
+        ({"sparsity": 0.6}, r"sparsity was 0.5 and is now 0.6"),
+        ({"score": "wanda"}, r"score was RIA\(alpha=0.5\) and is now Wanda\(\)"),
         ({"refine": "dsnot"}, r"refine of layer model.layers.0.self_attn.q_proj was"),
-        ({"schedule": "block"}, r"schedule was 'layer', and is 'block'"),
+        ({"calibration_order": "block"}, r"calibration_order was layer and is now block"),
         ({"ignore": ["re:.*q_proj"]}, r"layer model.layers.0.self_attn.q_proj was not? ?among"),
         ({"batches": batches(count=4)}, "the calibration data differ"),
         ({"batches": batches()[::-1]}, "the calibration data differ"),
         ({"model": llama(num_hidden_layers=3)}, "the model's weights differ"),
-        ({"update": "obsupdate"}, "update was None, and is OBSUpdate"),
+        ({"update": "obsupdate"}, "update was None and is now OBSUpdate"),
     ],
 )
 def test_refuses_another_run(tmp_path, change, message):
     with pytest.raises(PruningError):
-        prune_model(small(), batches(), journal=tmp_path, progress=stopping_after(9))
+        prune_model(small(), batches(), journal=tmp_path, hooks=[StopAfter(9)])
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     model = change.get("model", small())
     dense = weights(model)
@@ -166,32 +170,32 @@ def test_refuses_another_run(tmp_path, change, message):
     assert all(torch.equal(model.get_parameter(name), value) for name, value in dense.items())
 
 
-def test_refuses_to_go_on_from_what_does_not_come_out_again(tmp_path):
+def test_refuses_a_last_block_that_is_not_reproduced(tmp_path):
     prune_model(small(), batches(), journal=tmp_path)
-    last = sorted(tmp_path.glob("part-*"))[-1]
+    last = sorted(tmp_path.glob("block-*"))[-1]
     data = bytearray(last.read_bytes())
     data[-1] ^= 1
     last.write_bytes(data)
-    with pytest.raises(PruningError, match="does not come out as"):
+    with pytest.raises(PruningError, match="differs from the one in"):
         prune_model(small(), batches(), journal=tmp_path)
 
 
 def test_says_which_file_is_damaged(tmp_path):
     prune_model(small(), batches(), journal=tmp_path)
-    file = tmp_path / "part-00001.safetensors"
+    file = tmp_path / "block-00001.safetensors"
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(JournalError, match=r"part-00001.safetensors.*Delete it and those"):
+    with pytest.raises(JournalError, match=r"block-00001.safetensors.*Delete it and all files"):
         prune_model(small(), batches(), journal=tmp_path)
 
 
-def test_what_the_messages_advise_works(tmp_path):
+def test_the_advice_of_the_messages_works(tmp_path):
     expected = prune_model(small(), batches(), journal=tmp_path)
-    (tmp_path / "part-00001.safetensors").write_bytes(b"?")
+    (tmp_path / "block-00001.safetensors").write_bytes(b"?")
     for part in (1, 2):
-        (tmp_path / f"part-{part:05}.safetensors").unlink()
+        (tmp_path / f"block-{part:05}.safetensors").unlink()
     same(prune_model(small(), batches(), journal=tmp_path), expected)
     (tmp_path / "run.json").unlink()
-    with pytest.raises(JournalError, match=r"has lost its run\.json"):
+    with pytest.raises(JournalError, match=r"is missing run\.json"):
         prune_model(small(), batches(), journal=tmp_path)
 
 
@@ -209,23 +213,25 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path):
     expected = prune_model(small(), batches())
     limited = (
         "import resource, signal\n"
-        "from tests.engine.test_journal import small, batches, prune_model\n"
+        "from tests.engine.test_journal import StopAfter, small, batches, prune_model\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "def limit(report, done, total):\n"
-        "    if done == 15:\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))\n"
-        f"prune_model(small(), batches(), journal={str(tmp_path)!r}, progress=limit)\n"
+        "class Limit(StopAfter):\n"
+        "    def on_layer_pruned(self, report, mask):\n"
+        "        self.remaining -= 1\n"
+        "        if not self.remaining:\n"
+        "            resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))\n"
+        f"prune_model(small(), batches(), journal={str(tmp_path)!r}, hooks=[Limit(15)])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", limited], capture_output=True, text=True, check=False
     )
     last = done.stderr.strip().splitlines()[-1]
     assert "PruningError" in last
-    assert f"cannot write {tmp_path}/part-00002.safetensors" in last
-    assert "make room" in last
-    assert [f.name for f in sorted(tmp_path.glob("*part*"))] == [
-        "part-00000.safetensors",
-        "part-00001.safetensors",
+    assert f"cannot write {tmp_path}/block-00002.safetensors" in last
+    assert "free disk space" in last
+    assert [f.name for f in sorted(tmp_path.glob("*block*"))] == [
+        "block-00000.safetensors",
+        "block-00001.safetensors",
     ]
     same(prune_model(small(), batches(), journal=tmp_path), expected)
 
@@ -238,13 +244,15 @@ def test_streamed(tmp_path, method, stop):
 
     def stream(output: str, **more: Any) -> None:
         with StreamedCheckpoint(tmp_path / "dense", tmp_path / output) as checkpoint:
-            result = prune_model(checkpoint, batches(), **options, **more)
-            checkpoint.finish({"sparsity": result.sparsity})
+            result = prune_model(
+                checkpoint.model, batches(), placement=checkpoint, **options, **more
+            )
+            checkpoint.save({"sparsity": result.sparsity})
 
     stream("expected")
     journal = tmp_path / "journal"
     with pytest.raises(PruningError):
-        stream("sparse", journal=journal, progress=stopping_after(stop))
+        stream("sparse", journal=journal, hooks=[StopAfter(stop)])
     assert not (tmp_path / "sparse").exists()
     stream("sparse", journal=journal)
     files = sorted(tmp_path.glob("expected/*.safetensors"))
@@ -263,23 +271,30 @@ def test_streamed_refuses_other_weights(tmp_path):
         with StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse") as checkpoint:
             if seed == 1:
                 with pytest.raises(JournalError, match="the model's weights differ"):
-                    prune_model(checkpoint, batches(), journal=tmp_path / "journal")
+                    prune_model(
+                        checkpoint.model,
+                        batches(),
+                        placement=checkpoint,
+                        journal=tmp_path / "journal",
+                    )
             else:
-                prune_model(checkpoint, batches(), journal=tmp_path / "journal")
-            checkpoint.finish({})
+                prune_model(
+                    checkpoint.model, batches(), placement=checkpoint, journal=tmp_path / "journal"
+                )
+            checkpoint.save({})
 
 
 def in_group(rank: int, size: int, folder: Path, kind: str) -> None:
     journal = folder / "journal"
 
-    def model_and_ranks() -> tuple[torch.nn.Module, Ranks]:
+    def model_and_ranks() -> tuple[torch.nn.Module, Communicator]:
         model = small(tie_word_embeddings=False)
         if kind == "fsdp":
             mesh = init_device_mesh("cpu", (size,))
             for block in model.model.layers:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
-        return model, Ranks.all()
+        return model, Communicator.from_default_group()
 
     for method in ("exactswap", "update", "permuted", "owl", "search"):
         if (kind, method) == ("fsdp", "search"):
@@ -288,10 +303,10 @@ def in_group(rank: int, size: int, folder: Path, kind: str) -> None:
         for stop in (3, 9):
             at = journal / f"{method}{stop}"
             model, ranks = model_and_ranks()
-            mine = list(ranks.deal(batches(count=5)))
+            mine = list(ranks.shard(batches(count=5)))
             try:
                 prune_model(
-                    model, mine, ranks=ranks, **options, journal=at, progress=stopping_after(stop)
+                    model, mine, communicator=ranks, **options, journal=at, hooks=[StopAfter(stop)]
                 )
             except PruningError:
                 pass
@@ -299,31 +314,32 @@ def in_group(rank: int, size: int, folder: Path, kind: str) -> None:
                 raise AssertionError("it was not stopped")
             dist.barrier()
             model, ranks = model_and_ranks()
-            result = prune_model(model, mine, ranks=ranks, **options, journal=at)
-            expected = small(tie_word_embeddings=False)
-            same(result, prune_model(expected, batches(count=5), **options))
-            for name, mask in result.masks.items():
-                pruned = Layer(name, model.get_submodule(name)).read()
-                assert torch.equal(pruned.masked_fill(mask, 0), torch.zeros_like(pruned)), name
+            result = prune_model(model, mine, communicator=ranks, **options, journal=at)
+            dense = small(tie_word_embeddings=False)
+            expected_result = prune_model(dense, batches(count=5), **options)
+            same(result, expected_result)
+            expected_masks = expected_result.masks
+            assert result.is_applied_to(model)
+            assert {x.name for x in find_layers(model, result.masks)} == set(expected_masks)
 
 
 @pytest.mark.parametrize(("kind", "size"), [("ddp", 2), ("fsdp", 2), ("ddp", 3)])
-def test_several_processes(tmp_path, kind, size):
+def test_several_ranks(tmp_path, kind, size):
     run_group(in_group, size, tmp_path, kind)
 
 
-def test_another_number_of_processes_may_go_on(tmp_path):
+def test_another_number_of_ranks_may_resume(tmp_path):
     run_group(interrupted, 2, tmp_path)
     expected = prune_model(small(), batches(count=5))
     same(prune_model(small(), batches(count=5), journal=tmp_path / "journal"), expected)
 
 
 def interrupted(rank: int, size: int, folder: Path) -> None:
-    ranks = Ranks.all()
-    mine = ranks.deal(batches(count=5))
+    ranks = Communicator.from_default_group()
+    mine = ranks.shard(batches(count=5))
     with pytest.raises(PruningError):
         prune_model(
-            small(), mine, ranks=ranks, journal=folder / "journal", progress=stopping_after(16)
+            small(), mine, communicator=ranks, journal=folder / "journal", hooks=[StopAfter(16)]
         )
 
 
@@ -340,7 +356,7 @@ os.fsync = dying(os.fsync)
 os.replace = dying(os.replace)
 print("go", flush=True)
 result = prune_model(small(), batches(), refine="exactswap", journal=folder / "journal")
-torch.save(result.masks, folder / "masks.pt")
+torch.save(dict(result.masks), folder / "masks.pt")
 """
 
 
@@ -394,3 +410,18 @@ def check_files(folder: Path) -> None:
             json.loads(file.read_text())
         else:
             assert load_file(file)
+
+
+@pytest.mark.parametrize("version", [None, 0, 2])
+def test_refuses_a_journal_of_another_format(tmp_path, version):
+    prune_model(small(), batches(), journal=tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    run.pop("format_version")
+    if version is not None:
+        run["format_version"] = version
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(JournalError, match="this version of symprune-lightning reads format 1"):
+        prune_model(small(), batches(), journal=tmp_path)
+    (tmp_path / "run.json").write_text("[")
+    with pytest.raises(JournalError, match=r"cannot read .*run.json.*Delete the folder"):
+        prune_model(small(), batches(), journal=tmp_path)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from symprune_lightning import (
     NM,
@@ -29,13 +28,11 @@ def test_sparsity_by_layer():
     for report in result.layers:
         kind = "down" if "down" in report.name else "mlp" if "mlp" in report.name else "rest"
         assert report.sparsity == {"down": 0.25, "mlp": 0.75, "rest": 0.5}[kind]
-        assert report.asked == report.sparsity
+        assert report.target_sparsity == report.sparsity
 
 
 def test_sparsity_by_layer_that_leaves_layers_out():
-    with pytest.raises(
-        ValueError, match=r"no entry of sparsity matches 1 layers, such as 2; end w"
-    ):
+    with pytest.raises(ValueError, match=r"no entry of sparsity matches 1 layers, such as 2; add"):
         prune_model(mlp(), DATA, sparsity={"0": 0.5})
 
 
@@ -48,10 +45,10 @@ def test_only_some_layers():
         prune_model(build("llama"), batches(), only=["re:nothing"])
 
 
-@pytest.mark.parametrize("schedule", ["block", "dense"])
-def test_layers_of_a_block_compete(schedule):
+@pytest.mark.parametrize("order", ["block", "dense"])
+def test_layers_of_a_block_compete(order):
     model = build("llama")
-    result = prune_model(model, batches(), group="block", sparsity=0.4, schedule=schedule)
+    result = prune_model(model, batches(), group="block", sparsity=0.4, calibration_order=order)
     for block in ("layers.0", "layers.1"):
         masks = [m for n, m in result.masks.items() if block in n]
         total = sum(m.numel() for m in masks)
@@ -60,25 +57,32 @@ def test_layers_of_a_block_compete(schedule):
 
 
 def test_all_layers_compete():
-    result = prune_model(mlp(), DATA, group="model", sparsity=0.4, schedule="dense", score="wanda")
+    result = prune_model(
+        mlp(), DATA, group="model", sparsity=0.4, calibration_order="dense", score="wanda"
+    )
     zeros = sum(int((~m).sum()) for m in result.masks.values())
     assert zeros == int(0.4 * (16 * 24 + 24 * 8))
     together = torch.cat(
         [(mlp()[i].weight.abs()).detach().flatten() for i in (0, 2)]  # magnitude needs no data
     )
-    masks = prune_model(mlp(), [], group="model", schedule="dense", score="magnitude").masks
+    masks = prune_model(
+        mlp(), [], group="model", calibration_order="dense", score="magnitude"
+    ).masks
     kept = torch.cat([masks["0"].flatten(), masks["2"].flatten()])
     assert together[kept].min() > together[~kept].max()
 
 
-def test_groups_that_need_another_schedule():
-    with pytest.raises(ValueError, match="group 'block' needs all scores of a block at once"):
+def test_groups_that_need_another_calibration_order():
+    with pytest.raises(
+        ValueError,
+        match="group 'block' compares all scores of a block at once: use",
+    ):
         prune_model(mlp(), DATA, group="block")
-    with pytest.raises(ValueError, match="use schedule='dense'"):
-        prune_model(mlp(), DATA, group="model", schedule="block")
+    with pytest.raises(ValueError, match="use calibration_order='dense'"):
+        prune_model(mlp(), DATA, group="model", calibration_order="block")
 
 
-def test_score_that_decides_nothing_in_its_group_warns():
+def test_score_without_effect_in_its_group_warns():
     for options in ({"group": "output"}, {"pattern": "2:4"}):
         with pytest.warns(PruningWarning, match="the mask is that of Magnitude; use group='layer'"):
             result = prune_model(mlp(), DATA, score=OutputWanda(), **options)
@@ -100,16 +104,16 @@ def test_half_pruned_model_keeps_its_zeros_and_reaches_the_total():
 
 
 @pytest.mark.parametrize("options", [{}, {"pattern": "2:4"}, {"group": "layer"}])
-@pytest.mark.parametrize("update", ["obsupdate", SparseGPT()])
-def test_updates(update, options):
+@pytest.mark.parametrize("change", [{"update": "obsupdate"}, {"solver": SparseGPT()}])
+def test_updates_and_solvers(change, options):
     plain = prune_model(mlp(), DATA, **options)
     model = mlp()
-    result = prune_model(model, DATA, update=update, **options)
+    result = prune_model(model, DATA, **change, **options)
     first = result.layers[0]
-    assert first.sparsity == first.asked == 0.5
+    assert first.sparsity == first.target_sparsity == 0.5
     assert first.error_updated < plain.layers[0].error
     assert torch.equal(model[0].weight != 0, result.masks["0"])
-    if update == "obsupdate":
+    if "update" in change:
         assert torch.equal(result.masks["0"], plain.masks["0"])
 
 
@@ -130,8 +134,10 @@ def test_allocations_prune_as_much_as_one_sparsity_everywhere(allocation, group)
     if allocation == "uniform":
         assert zeros(result) == plain
     if allocation == Progression(0.3):
-        assert result.layers[0].asked == pytest.approx(0.42, abs=0.02)
-        assert result.layers[-1].asked - result.layers[0].asked == pytest.approx(0.3)
+        assert result.layers[0].target_sparsity == pytest.approx(0.42, abs=0.02)
+        assert result.layers[-1].target_sparsity - result.layers[
+            0
+        ].target_sparsity == pytest.approx(0.3)
 
 
 def zeros(result):
@@ -141,28 +147,26 @@ def zeros(result):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"update": SparseGPT(), "refine": "dsnot"}, "chooses its own mask: refine=None"),
-        ({"allocation": "owl", "pattern": NM(2, 4)}, "does not leave open"),
-        ({"allocation": "owl", "sparsity": {"re:.*": 0.5}}, "does not go with an allocation"),
-        ({"allocation": "owl", "group": "model", "schedule": "dense"}, "does not leave open"),
-        ({"sparsity": {"re:.*": 0.5}, "group": "block", "schedule": "block"}, "does not go with"),
+        (
+            {"solver": SparseGPT(), "refine": "dsnot"},
+            "chooses mask and weights itself: use ref",
+        ),
+        ({"allocation": "owl", "pattern": NM(2, 4)}, "which NM.* does not allow"),
+        (
+            {"allocation": "owl", "sparsity": {"re:.*": 0.5}},
+            "combined with an allocation",
+        ),
+        ({"allocation": "owl", "group": "model", "calibration_order": "dense"}, "does not allow"),
+        (
+            {"sparsity": {"re:.*": 0.5}, "group": "block", "calibration_order": "block"},
+            "cannot be combined with group",
+        ),
         ({"update": "obs"}, "no WeightUpdate is called 'obs'"),
-        ({"allocation": "even"}, "no Allocation is called 'even'"),
+        ({"allocation": "even"}, "no AllocationMethod is called 'even'"),
     ],
 )
-def test_what_does_not_go_together(options, message):
+def test_settings_that_cannot_be_combined(options, message):
     model = mlp()
     with pytest.raises(ValueError, match=message):
         prune_model(model, DATA, **options)
     assert (model[0].weight != 0).all()
-
-
-def test_layers_outside_blocks_belong_to_the_one_before():
-    model = nn.Sequential(build("vit"), nn.Linear(2, 2))
-    from symprune_lightning.engine.layers import prunable_layers
-    from symprune_lightning.engine.method import block_indices
-
-    layers = prunable_layers(model[0])
-    indices = block_indices(model[0], layers)
-    assert indices["classifier"] == 1
-    assert set(indices.values()) == {0, 1}

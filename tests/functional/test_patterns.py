@@ -7,17 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from symprune_lightning.functional.patterns import NM, Unstructured, pattern_of
+from symprune_lightning.functional.patterns import NM, Unstructured, resolve_pattern
 
 GROUPS = ("output", "input", "layer")
 
 
 def sorted_reference(score, pattern):
-    """The mask by a stable ascending sort: what the rule on ties says, spelled out."""
+    """The mask by a stable ascending sort: the rule on ties, literally."""
     grouped = pattern.groups(score)
     order = grouped.argsort(dim=1, stable=True)
     kept = torch.ones_like(grouped, dtype=torch.bool)
-    kept.scatter_(1, order[:, : pattern.pruned(grouped.shape[1])], False)
+    kept.scatter_(1, order[:, : pattern.num_pruned(grouped.shape[1])], False)
     return pattern.ungroup(kept, score.shape)
 
 
@@ -81,26 +81,26 @@ def test_pattern_that_does_not_divide():
 
 
 @pytest.mark.parametrize("pattern", ["2-4", "two:four", "2:4:8", ""])
-def test_pattern_string_that_is_none(pattern):
+def test_invalid_pattern_string(pattern):
     with pytest.raises(ValueError, match="write it as 'N:M'"):
-        pattern_of(pattern)
+        resolve_pattern(pattern)
 
 
 @pytest.mark.parametrize("pattern", ["4:4", "0:4", "5:4"])
 def test_pattern_that_prunes_all_or_nothing(pattern):
     with pytest.raises(ValueError, match="0 < n < m"):
-        pattern_of(pattern)
+        resolve_pattern(pattern)
 
 
-def test_pattern_stands_in_place_of_sparsity_and_group():
-    assert pattern_of("2:4", sparsity=0.9, group="layer") == NM(2, 4)
-    assert pattern_of(NM(1, 4)) == NM(1, 4)
-    assert pattern_of(None, sparsity=0.3, group="input") == Unstructured(0.3, "input")
+def test_pattern_replaces_sparsity_and_group():
+    assert resolve_pattern("2:4", sparsity=0.9, group="layer") == NM(2, 4)
+    assert resolve_pattern(NM(1, 4)) == NM(1, 4)
+    assert resolve_pattern(None, sparsity=0.3, group="input") == Unstructured(0.3, "input")
 
 
-def test_spans_of_swaps():
-    assert Unstructured(0.5).span() is None
-    assert Unstructured(0.5, "layer").span() is None
-    assert NM(2, 4).span() == 4
+def test_swap_windows():
+    assert Unstructured(0.5).swap_window() is None
+    assert Unstructured(0.5, "layer").swap_window() is None
+    assert NM(2, 4).swap_window() == 4
     with pytest.raises(ValueError, match="breaks the budget of group 'input'"):
-        Unstructured(0.5, "input").span()
+        Unstructured(0.5, "input").swap_window()

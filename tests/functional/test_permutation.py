@@ -6,13 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from symprune_lightning import NM, prune_model
+from symprune_lightning.functional.patterns import NM
 from symprune_lightning.functional.permutation import (
-    _assigned,
     channel_permutation,
+    reassign_position,
     retained_score,
 )
-from tests.models import mlp
 
 
 @given(
@@ -29,18 +28,18 @@ def test_a_permutation_that_never_retains_less(rows, groups, nm, seed):
     assert sorted(order.tolist()) == list(range(groups * m))
     least = retained_score(score, n, m) * (1 - 1e-6)
     assert retained_score(score[:, order], n, m) >= least
-    assigned = _assigned(score, order, n, m, seed % m)
+    assigned = reassign_position(score, order, n, m, seed % m)
     least = retained_score(score[:, order], n, m) * (1 - 1e-6)
     assert retained_score(score[:, assigned], n, m) >= least
 
 
 def test_assignment_is_the_best_of_all():
     score = torch.rand(5, 12, generator=torch.Generator().manual_seed(0)).pow(4)
-    given_order = torch.arange(12)
-    assigned = _assigned(score, given_order, 2, 4, 1)
+    original = torch.arange(12)
+    assigned = reassign_position(score, original, 2, 4, 1)
     best = 0.0
     for moved in itertools.permutations([1, 5, 9]):
-        order = given_order.clone()
+        order = original.clone()
         order[[1, 5, 9]] = torch.tensor(moved)
         best = max(best, retained_score(score[:, order], 2, 4))
     assert abs(retained_score(score[:, assigned], 2, 4) - best) < 1e-6
@@ -54,6 +53,9 @@ def test_retains_clearly_more_where_channels_differ():
 
 
 def test_masks_are_in_the_models_own_order():
+    from symprune_lightning.engine.prune import prune_model
+    from tests.models import mlp
+
     data = [torch.randn(60, 16) * torch.rand(16).pow(3)]
     plain = prune_model(mlp(), data, pattern="2:4")
     model = mlp()

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from symprune_lightning.functional.naming import by_name
 from symprune_lightning.functional.patterns import Unstructured
 from symprune_lightning.functional.scores import (
     RI,
@@ -16,15 +13,12 @@ from symprune_lightning.functional.scores import (
     LpRIA,
     Magnitude,
     OutputWanda,
-    Score,
     StochRIA,
     Symmetric,
     SymWanda,
     Wanda,
 )
 from symprune_lightning.functional.statistics import Moments, Statistics
-
-SCORES = [s for s in Score.__subclasses__() if s.__module__.startswith("symprune_lightning")]
 
 
 def example(rows, columns, seed=0, dtype=torch.float32):
@@ -33,33 +27,6 @@ def example(rows, columns, seed=0, dtype=torch.float32):
     x = torch.randn(50, columns, generator=generator) * torch.rand(columns, generator=generator)
     output = Moments.of(x.to(dtype) @ weight.T)
     return weight, Statistics(layer="a.b", input=Moments.of(x), output=output), x
-
-
-@pytest.mark.parametrize("score", SCORES)
-@given(
-    rows=st.integers(1, 9),
-    columns=st.integers(1, 9),
-    seed=st.integers(0, 99),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-)
-def test_contract(score, rows, columns, seed, dtype):
-    """Same shape and dtype, finite, never negative, zero for zero weights, sign-blind."""
-    weight, statistics, _ = example(rows, columns, seed, dtype)
-    weight[0] = 0
-    values = score()(weight, statistics)
-    assert values.shape == weight.shape
-    assert values.dtype == dtype
-    assert values.isfinite().all()
-    assert (values >= 0).all()
-    assert (values[0] == 0).all()
-    assert torch.equal(values, score()(-weight, statistics))
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_is_a_frozen_dataclass_with_docs(score):
-    assert score.__dataclass_params__.frozen
-    assert "Examples:" in inspect.getdoc(score)
-    assert by_name(Score, score.__name__.lower()) == score()
 
 
 def test_formulas():
@@ -78,15 +45,6 @@ def test_formulas():
 def test_ria_with_alpha_zero_is_ri():
     weight, statistics, _ = example(5, 7)
     assert torch.equal(RIA(alpha=0.0)(weight, statistics), RI()(weight, statistics))
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_statistics_that_are_needed_are_declared(score):
-    if score().needs:
-        with pytest.raises(ValueError, match="needs the statistic"):
-            score()(torch.randn(2, 3), Statistics())
-    else:
-        score()(torch.randn(2, 3), Statistics())
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
@@ -119,49 +77,93 @@ def test_formulas_of_the_symmetric_family():
     expected = {
         OutputWanda(): m * norm_y,
         SymWanda(beta=0.5): m * (norm_x + 0.5 * scaled),
-        Symmetric(): m * (row + column),
-        Symmetric(form="rss"): m * (row**2 + column**2).sqrt(),
+        Symmetric(): m * (row**2 + column**2).sqrt(),
+        Symmetric(form="sum"): m * (row + column),
         LpRIA(p=2.0): (m / row + m / column) * norm_x.sqrt(),
         LpRIA(p=torch.inf, alpha=1.0): (m / m.amax(1, True) + m / m.amax(0)) * norm_x,
-        Diagonal(a, b): m * torch.tensor(a) / m.sum(1, True)
-        + m * torch.tensor(b)[:, None] / m.sum(0),
+        Diagonal(a, b): m
+        * (torch.tensor(a) / m.sum(0) + torch.tensor(b)[:, None] / m.sum(1, True)),
     }
     for score, values in expected.items():
         torch.testing.assert_close(score(weight, statistics), values, msg=str(score))
 
 
-def test_stochastic_sums_are_over_a_sample():
-    weight, statistics, _ = example(20, 50)
-    score = StochRIA(tau=0.1, alpha=0.0)
-    rows, columns = score._sample(weight.shape, "a.b")
-    assert (len(rows), len(columns)) == (2, 5)
-    assert [len(x) for x in StochRIA(equal_count=True)._sample(weight.shape, "a")] == [2, 2]
-    m = weight.abs()
-    expected = m / m[:, columns].sum(1, keepdim=True) + m / m[rows].sum(0)
+def test_symmetric_is_by_default_the_form_of_the_paper():
+    assert Symmetric() == Symmetric(form="rss")
+
+
+def test_diagonal_is_the_symmetric_score_of_diagonal_matrices():
+    """``|W|·(‖X_r‖ + ‖Y_q‖)`` with ``X = diag(a/L1col)`` and ``Y = diag(b/L1row)``."""
+    weight, statistics, _ = example(5, 7)
+    a, b = torch.arange(1.0, 8), torch.arange(2.0, 7)
+    x = torch.diag(a / weight.abs().sum(0))
+    y = torch.diag(b / weight.abs().sum(1))
+    expected = weight.abs() * (x.norm(dim=0) + y.norm(dim=1)[:, None])
+    score = Diagonal(tuple(a.tolist()), tuple(b.tolist()))
     torch.testing.assert_close(score(weight, statistics), expected)
 
 
+def stochastic_factors(score, weight, statistics):
+    """Return ``1/row sum + 1/column sum`` of the sample, which must be a matrix of this form."""
+    factor = (score(weight, statistics) / weight.abs()).double()
+    columns = factor - factor[:, :1]
+    torch.testing.assert_close(columns, columns[:1].expand_as(columns), rtol=1e-4, atol=1e-4)
+    return factor
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 40), (20, 60)])
+@pytest.mark.parametrize("equal_count", [False, True])
+def test_stochastic_sums_have_the_size_of_the_sample(rows, columns, equal_count):
+    """With equal weights, a sum over n of them is n."""
+    for tau in (0.1, 0.3, 0.75):
+        smaller = min(rows, columns)
+        counts = (smaller, smaller) if equal_count else (rows, columns)
+        per_column, per_row = (int(tau * count) for count in counts)
+        score = StochRIA(tau=tau, alpha=0.0, equal_count=equal_count)
+        values = score(torch.ones(rows, columns), Statistics(layer="a"))
+        expected = torch.full((rows, columns), 1 / per_row + 1 / per_column)
+        torch.testing.assert_close(values, expected)
+
+
+def test_every_channel_is_sampled_with_probability_tau():
+    tau, seeds = 0.2, 400
+    weight = torch.ones(30, 50)
+    weight[:, 7] = 1e6  # row sums are 10, or about 1e6 if the sample contains this column
+    sampled = 0
+    for seed in range(seeds):
+        values = StochRIA(tau=tau, alpha=0.0, seed=seed)(weight, Statistics(layer="a"))
+        per_row = values[:, 0] - 1 / 6
+        torch.testing.assert_close(per_row, per_row[:1].expand(30))
+        sampled += bool(per_row[0] < 0.05)
+    assert abs(sampled / seeds - tau) < 4 * (tau * (1 - tau) / seeds) ** 0.5
+
+
 def test_samples_depend_on_the_layer_and_the_seed_only():
+    weight, _, _ = example(30, 40)
+
+    def factors(name="a", **options):
+        statistics = Statistics(layer=name)
+        return stochastic_factors(StochRIA(alpha=0.0, **options), weight, statistics)
+
     torch.manual_seed(1)
-    shape = torch.Size([30, 40])
-    first = StochRIA()._sample(shape, "a")
+    first = factors()
     torch.manual_seed(2)
-    again, layer, seed = (
-        s._sample(shape, n)
-        for s, n in ((StochRIA(), "a"), (StochRIA(), "b"), (StochRIA(seed=1), "a"))
-    )
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[1], layer[1])
-    assert not torch.equal(first[1], seed[1])
+    assert torch.equal(first, factors())
+    state = torch.get_rng_state()
+    for other in (factors("b"), factors(seed=1)):
+        # both samples differ: the sums of rows and those of columns
+        assert not torch.allclose(first[:, :1] - first[:1, :1], other[:, :1] - other[:1, :1])
+        assert not torch.allclose(first[:1] - first[:1, :1], other[:1] - other[:1, :1])
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is not used"
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: StochRIA(tau=0.0), "tau is 0.0; it is a share"),
+        (lambda: StochRIA(tau=0.0), "tau is 0.0; it is a fraction"),
         (lambda: LpRIA(p=-1.0), "needs p at least 0"),
         (lambda: SymWanda(beta=-1.0), "at least 0"),
-        (lambda: Symmetric(form="max"), "choose 'sum' or 'rss'"),
+        (lambda: Symmetric(form="max"), "choose 'rss' or 'sum'"),
     ],
 )
 def test_wrong_options(make, message):

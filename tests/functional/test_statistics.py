@@ -52,7 +52,7 @@ def test_squared_error_is_exact_for_independent_channels():
     torch.testing.assert_close(estimate, (x @ delta.T).square().mean(0), rtol=0.02, atol=0)
 
 
-def test_missing_input_is_said():
+def test_missing_input():
     with pytest.raises(ValueError, match="needs the statistic 'input'"):
         _ = Statistics().input_moments
 

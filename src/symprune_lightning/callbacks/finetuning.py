@@ -1,9 +1,8 @@
-"""Training that keeps the zeros."""
+"""Fine-tuning with fixed sparsity masks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,49 +12,51 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from symprune_lightning.callbacks.gradual import Gradual
-from symprune_lightning.callbacks.pruning import (
-    PruningCallback,
-    callbacks_of,
+from symprune_lightning.callbacks.integration import (
     pruning_target,
     refuse_strategies,
+    trainer_callbacks,
 )
-from symprune_lightning.engine.parallel import local
+from symprune_lightning.callbacks.pruning import PruningCallback
+from symprune_lightning.callbacks.schedule import CubicSchedule
+from symprune_lightning.checkpoints.masks import infer_masks, load_masks, match_layers
+from symprune_lightning.engine.distributed.dtensor import local_tensor
+from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.result import PruneResult
-from symprune_lightning.functional.packing import pack, unpack
-from symprune_lightning.masks import layers_of, load_masks, masks_of_zeros
+from symprune_lightning.functional.packing import PackedMasks, pack
 
 ZEROS = "zeros"
 
 
-class MaskedFinetuning(Callback):
+class MaskedFinetuning(Callback, PruningHooks):
     """Keeps pruned weights at zero during ``fit``.
 
     Before each optimizer step the gradients of pruned weights are zeroed, so that momentum, second
-    moments and the gradient's norm do not see them; after it the weights are, whatever the
-    optimizer did. The forward is as it was. Costs a byte for each weight on its device. Works with
+    moments and the gradient norm do not include them; after it the weights are, whatever the
+    optimizer did. The forward is unchanged. Costs one byte per weight on its device. Works with
     any optimizer of torch, gradient accumulation and clipping, mixed precision, DDP, FSDP2 and
     tensor parallel, and automatic or manual optimization.
 
-    Where the masks come from, the first that there is:
+    Source of the masks, in order of precedence:
 
-    1. the checkpoint that ``fit(ckpt_path=…)`` goes on from,
+    1. the checkpoint that ``fit(ckpt_path=…)`` resumes from,
     2. ``masks``,
     3. a callback that prunes in this ``fit`` (``SymPrune(when="fit_start")`` or gradually),
     4. the zeros of the model: of every layer that has some, but is not all zero.
 
-    They are saved in Lightning's checkpoints, as packed bits.
+    Layers that are pruned during this ``fit`` are added to any of them. Masks are saved in
+    Lightning's checkpoints, as packed bits.
 
     Args:
         masks: A file or checkpoint folder with masks, masks by layer name (bool, ``(out_features,
-            in_features)``, True = kept), or ``"zeros"``. A checkpoint to go on from that has no
-            masks is refused unless this says where they are.
+            in_features)``, True = kept), or ``"zeros"``. A checkpoint without masks is refused
+            unless this argument provides them.
 
     Attributes:
         masks: Masks by layer name once training has begun.
 
     Raises:
-        ValueError: The masks are another model's; or, when training begins, there are none.
+        ValueError: The masks belong to another model; or, when training begins, there are none.
 
     Examples:
         >>> from symprune_lightning import SymPrune, Trainer
@@ -64,150 +65,163 @@ class MaskedFinetuning(Callback):
     """
 
     def __init__(self, masks: str | PathLike[str] | Mapping[str, Tensor] | None = None) -> None:
-        self._given = masks
-        self._bits: dict[str, Tensor] = {}
-        self._columns: dict[str, int] = {}
-        self._pruned: list[tuple[Tensor, Tensor]] = []
-        self._followed: list[PruneResult] = []
-        self._hooks: list[Any] = []
+        self.masks = PackedMasks()
+        self._source = masks
+        self._new_results: list[PruneResult] = []
+        # parameter and where it is pruned, in its stored layout; empty until training begins
+        self._zero_masks: list[tuple[Tensor, Tensor]] = []
+        self._optimizer_hooks: list[Any] = []
+        self._fit: tuple[Trainer, LightningModule] | None = None
+        self._is_active = False
         self._restored = False
-        self._lacking = False
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """Layer name to bool mask, ``(out_features, in_features)``, True = kept."""
-        return {name: unpack(bits, self._columns[name]) for name, bits in self._bits.items()}
+        self._checkpoint_has_no_masks = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks as packed bits."""
-        return {"bits": self._bits, "columns": self._columns} if self._bits else {}
+        """Return the masks as packed bits."""
+        if not self.masks:
+            return {}
+        packed = {name: self.masks.packed(name) for name in self.masks}
+        return {
+            "bits": {name: bits for name, (bits, _) in packed.items()},
+            "columns": {name: columns for name, (_, columns) in packed.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the masks of a checkpoint."""
-        self._bits, self._columns = dict(state_dict["bits"]), dict(state_dict["columns"])
+        """Restore the masks of a checkpoint."""
+        self.masks = PackedMasks()
+        for name, bits in state_dict["bits"].items():
+            self.masks.add_packed(name, bits, state_dict["columns"][name])
         self._restored = True
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note whether the checkpoint has masks."""
-        self._lacking = not checkpoint["callbacks"].get(self.state_key)
+        """Record whether the checkpoint has masks."""
+        self._checkpoint_has_no_masks = not checkpoint["callbacks"].get(self.state_key)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies under which weights can't be reached.
+        """Refuse strategies under which weights cannot be masked.
 
         Raises:
-            ValueError: The strategy is FSDP in its first version, or DeepSpeed.
+            ValueError: The strategy is ``FSDPStrategy`` or ``DeepSpeedStrategy``.
         """
         refuse_strategies(self, trainer)
+        self._fit = (trainer, pl_module) if stage == "fit" else None
+        self._new_results.clear()
+
+    def on_pruning_end(self, result: PruneResult) -> None:
+        """Add the masks of a run during ``fit``; pruned weights stay pruned."""
+        if self._fit is None:
+            return
+        self._new_results.append(result)
+        if self._is_active:  # training has begun: a schedule has pruned further
+            self._merge_new_results()
+            self._apply_masks(*self._fit)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the weights zeroed after every step of the optimizers."""
-        self._hooks = [
+        """Register hooks that zero pruned weights after every optimizer step."""
+        self._optimizer_hooks = [
             optimizer.register_step_post_hook(lambda *_: self._zero_weights())
             for optimizer in trainer.optimizers
         ]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the masks; other callbacks have pruned by now, if they do so before training."""
-        if self._pruned:
+        """Collect the masks; callbacks that prune before training have done so by now."""
+        if self._is_active:
             return
         if not self._restored:
-            self._bits, self._columns = {}, {}
-            self._take(*self._found(trainer, pl_module))
-        self._followed = _results(trainer)
-        self._apply(trainer, pl_module)
+            self.masks = PackedMasks()
+            self._merge(self._initial_masks(trainer, pl_module))
+        self._merge_new_results()
+        self._apply_masks(trainer, pl_module)
+        self._is_active = True
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Zero the gradients of pruned weights, before they are clipped."""
-        further = [r for r in _results(trainer) if not any(r is known for known in self._followed)]
-        if further:
-            self._followed += further
-            self._take(*(result.masks for result in further))
-            self._apply(trainer, pl_module)
-        for parameter, pruned in self._pruned:
+        for parameter, pruned in self._zero_masks:
             if parameter.grad is not None:
-                local(parameter.grad).masked_fill_(pruned, 0)
+                local_tensor(parameter.grad).masked_fill_(pruned, 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimizers and of the model."""
-        self._let_go()
+        """Remove the optimizer hooks and drop references."""
+        self._detach()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the optimizers and of the model."""
-        self._let_go()
+        """Remove the optimizer hooks and drop references."""
+        self._detach()
 
-    def _let_go(self) -> None:
-        for hook in self._hooks:
+    def _detach(self) -> None:
+        for hook in self._optimizer_hooks:
             hook.remove()
-        self._hooks.clear()
-        self._pruned.clear()
-        self._restored = self._lacking = False
+        self._optimizer_hooks.clear()
+        self._zero_masks.clear()
+        self._new_results.clear()
+        self._fit = None
+        self._is_active = self._restored = self._checkpoint_has_no_masks = False
 
-    def _found(self, trainer: Trainer, module: LightningModule) -> list[Mapping[str, Tensor]]:
-        target, given = pruning_target(module), self._given
-        if isinstance(given, Mapping):
-            return [given]
-        if given is not None and given != ZEROS:
-            return [load_masks(Path(given))]
-        results = _results(trainer)
-        if results:
-            return [result.masks for result in results]
-        if self._lacking and given is None:
+    def _initial_masks(self, trainer: Trainer, module: LightningModule) -> Mapping[str, Tensor]:
+        """Return the masks of the first source that has some; see the class."""
+        target, source = pruning_target(module), self._source
+        if isinstance(source, Mapping):
+            return source
+        if source is not None and source != ZEROS:
+            return load_masks(Path(source))
+        if self._new_results and source is None:
+            return {}  # merged by the caller
+        if self._checkpoint_has_no_masks and source is None:
             raise ValueError(
-                f"the checkpoint {trainer.ckpt_path} has no masks of MaskedFinetuning: pass "
-                f"MaskedFinetuning(masks='zeros') to take them from the zeros in its weights, or "
+                f"the checkpoint {trainer.ckpt_path} has no masks of MaskedFinetuning: use "
+                f"MaskedFinetuning(masks='zeros') to infer them from the zeros in its weights, or "
                 f"masks=<file>"
             )
-        masks = masks_of_zeros(target)
-        if not masks and not _will_prune(trainer):
+        masks = infer_masks(target)
+        if not masks and not self._new_results and not _prunes_gradually(trainer):
             raise ValueError(
                 f"{type(target).__name__} has no layer with zeros to keep: prune it first, add "
                 f"SymPrune(when='fit_start') to the callbacks, or pass masks=<file>"
             )
-        return [masks]
+        return masks
 
-    def _take(self, *parts: Mapping[str, Tensor]) -> None:
-        """Prune these too; what is pruned stays so."""
-        for name, mask in chain.from_iterable(masks.items() for masks in parts):
-            bits = pack(mask).cpu()
-            self._bits[name] = self._bits.get(name, bits) & bits
-            self._columns[name] = mask.shape[1]
+    def _merge_new_results(self) -> None:
+        for result in self._new_results:
+            self._merge(result.masks)
+        self._new_results.clear()
+
+    def _merge(self, masks: Mapping[str, Tensor]) -> None:
+        """Add masks; where there is one already, weights that either of them prunes are pruned."""
+        for name, mask in masks.items():
+            bits, columns = pack(mask).cpu(), mask.shape[1]
+            if name in self.masks:
+                bits = bits & self.masks.packed(name)[0]
+            self.masks.add_packed(name, bits, columns)
 
     @torch.no_grad()
-    def _apply(self, trainer: Trainer, module: LightningModule) -> None:
-        """Zero the pruned weights, and what optimizers remember of them."""
-        masks = self.masks
-        self._pruned = []
-        for layer in layers_of(pruning_target(module), masks):
-            mask = masks[layer.name].to(layer.parameter.device)
-            self._pruned.append((layer.parameter, layer.pruned(mask)))
+    def _apply_masks(self, trainer: Trainer, module: LightningModule) -> None:
+        """Zero the pruned weights, and the optimizer state of each."""
+        self._zero_masks = []
+        for layer in match_layers(pruning_target(module), self.masks):
+            mask = self.masks[layer.name].to(layer.parameter.device)
+            self._zero_masks.append((layer.parameter, layer.zero_mask(mask)))
         self._zero_weights()
         for optimizer in trainer.optimizers:
-            for parameter, pruned in self._pruned:
+            for parameter, pruned in self._zero_masks:
                 for value in optimizer.state.get(parameter, {}).values():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        local(value).masked_fill_(pruned, 0)
+                        local_tensor(value).masked_fill_(pruned, 0)
 
     @torch.no_grad()
     def _zero_weights(self) -> None:
-        for parameter, pruned in self._pruned:
-            local(parameter).masked_fill_(pruned, 0)
+        for parameter, pruned in self._zero_masks:
+            local_tensor(parameter).masked_fill_(pruned, 0)
 
 
-def _pruning(trainer: Trainer) -> list[PruningCallback]:
-    """Callbacks that prune before or during training."""
-    return [c for c in callbacks_of(trainer) if isinstance(c, PruningCallback) and c.prunes_in_fit]
-
-
-def _results(trainer: Trainer) -> list[PruneResult]:
-    return [c.result for c in _pruning(trainer) if c.result is not None]
-
-
-def _will_prune(trainer: Trainer) -> bool:
-    """Whether a callback is going to prune while the model trains."""
-    return any(isinstance(callback.when, Gradual) for callback in _pruning(trainer))
+def _prunes_gradually(trainer: Trainer) -> bool:
+    """Return whether a callback is going to prune while the model trains."""
+    return any(
+        isinstance(callback, PruningCallback) and isinstance(callback.when, CubicSchedule)
+        for callback in trainer_callbacks(trainer)
+    )

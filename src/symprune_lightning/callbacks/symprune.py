@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from symprune_lightning.callbacks.gradual import Gradual
-from symprune_lightning.callbacks.pruning import PruningCallback, RunOptions, When
-from symprune_lightning.engine.layers import LM_HEAD
-from symprune_lightning.engine.method import Refine, check_group, refiners_of
-from symprune_lightning.engine.prune import prune_model
-from symprune_lightning.engine.residence import Residence
+from symprune_lightning.callbacks.pruning import PruningCallback, When
+from symprune_lightning.callbacks.schedule import CubicSchedule
+from symprune_lightning.engine.layers.select import DEFAULT_IGNORE
+from symprune_lightning.engine.method import PruningMethod
+from symprune_lightning.engine.prune import RunOptions, prune_with
 from symprune_lightning.engine.result import PruneResult
-from symprune_lightning.engine.schedule import Schedule, check_schedule
-from symprune_lightning.functional.allocation import Allocation
-from symprune_lightning.functional.naming import by_name
-from symprune_lightning.functional.patterns import Group, Pattern, pattern_of
-from symprune_lightning.functional.refiners import MaskRefiner
+from symprune_lightning.functional.allocation import AllocationMethod
+from symprune_lightning.functional.patterns import Group, Pattern
+from symprune_lightning.functional.refiners.base import MaskRefiner
 from symprune_lightning.functional.scores import Score
+from symprune_lightning.functional.solvers import LayerSolver
+from symprune_lightning.functional.statistics import CalibrationOrder
 from symprune_lightning.functional.update import WeightUpdate
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class SymPrune(PruningCallback):
@@ -35,26 +31,32 @@ class SymPrune(PruningCallback):
         sparsity: Fraction of zeros in each group, in ``[0, 1)``; or by layer name:
             ``{"re:.*down_proj": 0.4, "re:.*": 0.5}``.
         pattern: ``"2:4"`` or a ``Pattern``, in place of ``sparsity`` and ``group``.
-        group: Which weights compete: of one ``"output"`` channel, one ``"input"`` channel, the
-            whole ``"layer"``, a decoder ``"block"``, or the ``"model"``.
-        refine: A ``MaskRefiner``, its name (``"dsnot"``, ``"r2dsnot"``, ``"exactswap"``), several
-            in a list, or for some layers only: ``{"re:.*self_attn.*": "dsnot"}``.
-        update: A ``WeightUpdate`` or its name (``"obsupdate"``, ``"sparsegpt"``): changes the kept
-            weights to make up for the pruned ones.
-        allocation: An ``Allocation`` or its name (``"progression"``, ``"owl"``): divides the
-            sparsity among layers.
-        schedule: ``"layer"`` (one forward), ``"block"`` (two, as the reference implementations do)
-            or ``"dense"``.
-        ignore: Layers to leave dense: names, or regular expressions behind ``re:``. ``None`` spares
-            the output projection ``lm_head``, a list of yours replaces that.
-        only: Layers to prune, in the same way; ``None`` for all.
-        when: See [`PruningCallback`][symprune_lightning.callbacks.PruningCallback].
+        group: Which weights compete: those of one ``"output"`` channel, of one ``"input"``
+            channel, of the ``"layer"``, of a decoder ``"block"``, or of the ``"model"``.
+        refine: A ``MaskRefiner``, its name (``"dsnot"``, ``"r2dsnot"``, ``"exactswap"``), a list of
+            them, or a mapping by layer: ``{"re:.*self_attn.*": "dsnot"}``.
+        update: A ``WeightUpdate`` or its name (``"obsupdate"``): changes the kept weights to
+            compensate for the pruned ones.
+        solver: A ``LayerSolver`` or its name (``"sparsegpt"``): chooses mask and weights together,
+            in place of score, refiners and update.
+        allocation: An ``Allocation``, a ``Search``, or a name (``"progression"``, ``"owl"``):
+            divides the sparsity among layers.
+        calibration_order: ``"layer"`` (layer-sequential, one forward), ``"block"``
+            (block-sequential, two forwards, as the reference implementations) or ``"dense"`` (not
+            sequential).
+        ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``. ``None``
+            ignores the output projection ``lm_head``; a list replaces that default.
+        only: Layers to prune, in the same form; ``None`` for all.
+        when: See [`PruningCallback`][symprune_lightning.PruningCallback].
         calibration: See `PruningCallback`.
         baseline: See `PruningCallback`.
         journal: See `PruningCallback`.
 
+    Attributes:
+        method: All settings that decide which weights are pruned.
+
     Raises:
-        ValueError: An argument is wrong.
+        ValueError: An argument is invalid, or two arguments cannot be combined.
 
     Examples:
         >>> SymPrune(score="wanda", sparsity=0.6).settings["score"]
@@ -74,8 +76,9 @@ class SymPrune(PruningCallback):
         | dict[str, MaskRefiner | str | list[MaskRefiner | str]]
         | None = None,
         update: WeightUpdate | str | None = None,
-        allocation: Allocation | str | None = None,
-        schedule: Schedule = "layer",
+        solver: LayerSolver | str | None = None,
+        allocation: AllocationMethod | str | None = None,
+        calibration_order: CalibrationOrder = "layer",
         ignore: list[str] | None = None,
         only: list[str] | None = None,
         when: When = "validate",
@@ -84,71 +87,52 @@ class SymPrune(PruningCallback):
         journal: str | None = None,
     ) -> None:
         super().__init__(when=when, calibration=calibration, baseline=baseline, journal=journal)
-        check_schedule(schedule)
-        for level in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
-            pattern_of(pattern, sparsity=level, group=group)  # says at once what is wrong
-        if pattern is None:
-            check_group(group, schedule)
-        elif isinstance(when, Gradual):
-            raise ValueError("a pattern has no sparsity to grow: give sparsity in place of pattern")
-        self.score = by_name(Score, score)  # type: ignore[type-abstract]
-        self.sparsity = sparsity
-        self.pattern = None if pattern is None else pattern_of(pattern)
-        self.group = group
-        self.refine: Refine = None
-        if isinstance(refine, dict):
-            self.refine = {name: refiners_of(chain) for name, chain in refine.items()}
-        elif refine is not None:
-            self.refine = refiners_of(refine)
-        self.update = None if update is None else by_name(WeightUpdate, update)  # type: ignore[type-abstract]
-        self.allocation = None if allocation is None else by_name(Allocation, allocation)  # type: ignore[type-abstract]
-        self.schedule = schedule
-        self.ignore = list(LM_HEAD) if ignore is None else ignore
-        self.only = only
+        if pattern is not None and isinstance(when, CubicSchedule):
+            raise ValueError(
+                "a pattern has a fixed sparsity, which CubicSchedule cannot change: use sparsity="
+            )
+        self.method = PruningMethod.resolve(
+            score=score,
+            sparsity=sparsity,
+            pattern=pattern,
+            group=group,
+            refine=refine,
+            update=update,
+            solver=solver,
+            allocation=allocation,
+            calibration_order=calibration_order,
+            ignore=list(DEFAULT_IGNORE) if ignore is None else ignore,
+            only=only,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The method in plain values, as the manifest records it."""
-        budget = ("sparsity", "group") if self.pattern is None else ("pattern",)
-        rest = ("refine", "update", "allocation", "schedule", "ignore", "only", "when")
-        return {name: _plain(getattr(self, name)) for name in ("score", *budget, *rest)}
+        """The method as JSON values, as recorded in the manifest.
+
+        Settings that another one replaces are left out.
+        """
+        replaced = {"pattern"} if self.method.pattern is None else {"sparsity", "group"}
+        if self.method.solver is not None:
+            replaced |= {"score", "refine", "update"}
+        settings = {
+            name: _as_json(value)
+            for name, value in vars(self.method).items()
+            if name not in replaced
+        }
+        return {**settings, "when": _as_json(self.when)}
 
     def prune(
-        self,
-        model: nn.Module | Residence,
-        batches: Iterable[Any],
-        share: float,
-        **run: Unpack[RunOptions],
+        self, model: nn.Module, batches: Iterable[Any], fraction: float, options: RunOptions
     ) -> PruneResult:
         """See `PruningCallback`."""
-        levels = self.sparsity
-        scaled = (
-            {name: level * share for name, level in levels.items()}
-            if isinstance(levels, dict)
-            else levels * share
-        )
-        return prune_model(
-            model,
-            batches,
-            score=self.score,
-            sparsity=scaled,
-            pattern=self.pattern,
-            group=self.group,
-            refine=self.refine,
-            update=self.update,
-            allocation=self.allocation,
-            schedule=self.schedule,
-            ignore=self.ignore,
-            only=self.only,
-            **run,
-        )
+        return prune_with(model, batches, self.method.scaled(fraction), options)
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {"name": type(value).__name__, **asdict(value)}
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else repr(value)

@@ -1,1 +1,1 @@
-"""Pruning of any ``nn.Module``: which layers, in which order, from which inputs."""
+"""Pruning of any ``nn.Module``: layer selection, calibration forward, masks, journal."""

@@ -1,187 +1,179 @@
-"""How the sparsity asked for comes to be divided among the layers, before they are pruned."""
+"""Resolution of an allocation: one target sparsity becomes a sparsity for each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from symprune_lightning.engine.forward.calibration import Calibration
+from symprune_lightning.engine.forward.recorder import Recorder
+from symprune_lightning.engine.forward.suspended import SuspendedForward
 from symprune_lightning.engine.journal import Journal
-from symprune_lightning.engine.layers import Layer, spared_modules
-from symprune_lightning.engine.method import Method, naming, with_sparsity
-from symprune_lightning.engine.parallel import Ranks
-from symprune_lightning.engine.recorder import Recorder
-from symprune_lightning.engine.residence import Residence
+from symprune_lightning.engine.layers.base import Layer, watch_layers
+from symprune_lightning.engine.layers.select import excluded_layers
+from symprune_lightning.engine.plan import PruningPlan, num_groups, prefix_errors
 from symprune_lightning.engine.result import Trial
-from symprune_lightning.engine.run import EMPTY, Run
-from symprune_lightning.engine.schedule import Forward, Schedule, SuspendedForward
-from symprune_lightning.functional.allocation import Allocation, Share
+from symprune_lightning.functional.allocation import (
+    Allocation,
+    AllocationMethod,
+    LayerInfo,
+    Search,
+)
 from symprune_lightning.functional.statistics import Statistics
 
 
 @dataclass(frozen=True)
-class Division:
-    """Dividing a sparsity among layers.
+class AllocationResolver:
+    """Resolves the allocation of a plan.
 
     Attributes:
-        model: The dense model.
-        layers: The layers to prune.
-        batches: Calibration batches of this process.
-        forward: How a batch is given to the model.
-        method: What is to be done, with one sparsity for all layers.
-        schedule: When a layer is pruned.
-        ranks: The processes that prune together.
-        residence: Where the weights are, if not in memory all the time.
+        plan: The plan, with the same sparsity for all layers.
+        calibration: The dense model and its batches, which must be a list.
+        sparsity: Fraction of zeros over all layers.
+        prune: Prunes the model by a plan; used for the trials of a search.
     """
 
-    model: nn.Module
-    layers: list[Layer]
-    batches: list[Any]
-    forward: Forward
-    method: Method
-    schedule: Schedule
-    ranks: Ranks
-    residence: Residence | None
+    plan: PruningPlan
+    calibration: Calibration
+    sparsity: float
+    prune: Callable[[PruningPlan], None]
 
-    def divided(
-        self, allocation: Allocation, sparsity: float, journal: Journal | None = None
-    ) -> tuple[Method, list[Trial]]:
-        """The method with each layer's own sparsity, and what was tried to find it, best first.
+    def resolve(
+        self, method: AllocationMethod, journal: Journal | None
+    ) -> tuple[PruningPlan, list[Trial]]:
+        """Return the plan with a sparsity for each layer, and the trials of a search.
 
-        Taken from the journal, if that has it.
+        Read from the journal if it has them.
 
         Raises:
-            ValueError: The method leaves nothing to divide, or can't be searched.
+            ValueError: The patterns have no free sparsity, or the placement allows no search.
         """
-        with_sparsity(self.method, dict.fromkeys(self.method.patterns, sparsity))
-        choices = allocation.choices()
-        known = None if journal is None else journal.noted("allocation")
-        if known is not None:
-            trials = [Trial(choices[i], error) for i, error in known["trials"]]
-            return with_sparsity(self.method, known["sparsity"]), trials
-        method, trials = self._divided(choices, sparsity)
+        # raises for patterns without a free sparsity, before the model is run
+        self.plan.with_sparsities(dict.fromkeys(self.plan.patterns, self.sparsity))
+        candidates = _candidates(method)
+        recorded = None if journal is None else journal.load_value("allocation")
+        if recorded is not None:
+            trials = [Trial(candidates[i], error) for i, error in recorded["trials"]]
+            return self.plan.with_sparsities(recorded["sparsity"]), trials
+        plan, trials = self._choose(method, candidates)
         if journal is not None:
-            levels = {name: pattern.sparsity for name, pattern in method.patterns.items()}
-            tried = [(choices.index(trial.allocation), trial.error) for trial in trials]
-            journal.note("allocation", {"sparsity": levels, "trials": tried})
-        return method, trials
+            sparsities = {name: pattern.sparsity for name, pattern in plan.patterns.items()}
+            tried = [(candidates.index(trial.allocation), trial.error) for trial in trials]
+            journal.save_value("allocation", {"sparsity": sparsities, "trials": tried})
+        return plan, trials
 
-    def _divided(
-        self, choices: Sequence[Allocation], sparsity: float
-    ) -> tuple[Method, list[Trial]]:
-        if len(choices) == 1:
-            return self._with(choices[0], sparsity), []
-        if self.residence is not None:
-            raise ValueError("a search over allocations needs the whole model in memory")
-        tried = self._search(choices, sparsity)
-        return tried[0][0], [trial for _, trial in tried]
+    def _choose(
+        self, method: AllocationMethod, candidates: Sequence[Allocation]
+    ) -> tuple[PruningPlan, list[Trial]]:
+        if not isinstance(method, Search) or len(candidates) == 1:
+            return self._allocate(candidates[0]), []
+        placement = self.calibration.placement
+        if placement.blocks or not placement.always_loaded:
+            raise ValueError(
+                "a search over allocations needs the full model in memory: it cannot be combined "
+                "with FSDP2, streaming or offload"
+            )
+        results = self._search(candidates)
+        return results[0][0], [trial for _, trial in results]
 
-    def _with(self, allocation: Allocation, sparsity: float) -> Method:
-        """The method with an allocation."""
-        blocks = self.method.blocks
-        last = max(blocks.values())
-        measured = self._measured(allocation)
-        shares = []
-        for layer in self.layers:
-            if layer.name in measured:
-                whole = torch.empty(layer.shape, device="meta")
-                groups, group_size = self.method.patterns[layer.name].groups(whole).shape
-                shares.append(
-                    Share(
-                        name=layer.name,
-                        groups=groups,
-                        group_size=group_size,
-                        block=blocks[layer.name],
-                        depth=blocks[layer.name] / max(last, 1),
-                        measured=measured[layer.name],
-                    )
-                )
-        levels = dict.fromkeys(blocks, sparsity) | allocation(shares, sparsity)
-        return with_sparsity(self.method, levels)
+    def _allocate(self, allocation: Allocation) -> PruningPlan:
+        """Return the plan with the sparsities of an allocation."""
+        blocks = self.plan.block_indices
+        last_block = max(blocks.values())
+        metrics = self._metrics(allocation)
+        layers = []
+        for layer in self.plan.layers:
+            if layer.name not in metrics:
+                continue  # no batch reached it
+            groups, group_size = num_groups(layer, self.plan.patterns[layer.name])
+            block = blocks[layer.name]
+            depth = block / max(last_block, 1)
+            info = LayerInfo(layer.name, groups, group_size, block, depth, metrics[layer.name])
+            layers.append(info)
+        uniform = dict.fromkeys(blocks, self.sparsity)
+        return self.plan.with_sparsities(uniform | allocation(layers, self.sparsity))
 
-    def _measured(self, allocation: Allocation) -> dict[str, Any]:
-        """What it wants to know of each layer; takes a forward of the dense model if it needs one.
+    def _metrics(self, allocation: Allocation) -> dict[str, Any]:
+        """Return the layer metrics of an allocation, after a forward of the dense model if needed.
 
-        Layers that no batch reaches are left out.
+        Layers that no batch reaches are missing.
         """
-        recorder = Recorder(allocation.needs, self.layers, self.ranks)
-        measured: dict[str, Any] = {}
+        layers, calibration = self.plan.layers, self.calibration
+        recorder = Recorder(allocation.needs, layers, calibration.communicator)
+        metrics: dict[str, Any] = {}
 
         def measure(complete: Sequence[Layer]) -> None:
             for layer in complete:
-                with naming(layer):
-                    known = recorder.statistics(layer.name) if allocation.needs else Statistics()
-                    measured[layer.name] = allocation.measure(layer.read(), known)
-            recorder.finish(layer.name for layer in complete)
+                with prefix_errors(layer):
+                    stats = recorder.statistics(layer.name) if allocation.needs else Statistics()
+                    metrics[layer.name] = allocation.layer_metric(layer.matrix(), stats)
+            recorder.release(layer.name for layer in complete)
 
         if allocation.needs:
-            suspended = SuspendedForward(
-                self.model, self.layers, recorder, measure, "layer", self.ranks, self.residence
-            )
-            if not suspended.run(self.batches, self.forward):
-                raise ValueError(EMPTY)
+            SuspendedForward(calibration, layers, recorder, measure).run()
         else:
-            measure(self.layers)
-        return measured
+            measure(layers)
+        return metrics
 
-    def _search(
-        self, candidates: Sequence[Allocation], sparsity: float
-    ) -> list[tuple[Method, Trial]]:
-        """Prune by score alone with each, see what that does to the output, and undo it.
+    def _search(self, candidates: Sequence[Allocation]) -> list[tuple[PruningPlan, Trial]]:
+        """Prune by score with each candidate, measure the change of the output, and undo it.
 
-        Gives the method with each and what came of it, best first.
+        Needs a copy of the prunable weights and the last hidden state of every token.
 
-        Holds a copy of the prunable weights and the dense model's last hidden state of every token.
+        Returns:
+            Plan and trial of each candidate, best first.
         """
-        before = [layer.parameter.detach().clone() for layer in self.layers]
-        dense = list(self._last_states())
-        tried = []
+        layers, communicator = self.plan.layers, self.calibration.communicator
+        dense_weights = [layer.parameter.detach().clone() for layer in layers]
+        dense_states = list(self._last_hidden_states())
+        results = []
         for allocation in candidates:
-            method = self._with(allocation, sparsity)
+            plan = self._allocate(allocation)
+            sums = torch.zeros(2, dtype=torch.float64)
             try:
-                run = Run(self.layers, replace(method, refiners={}, update=None), self.ranks)
-                run.run(self.model, self.batches, self.forward, self.schedule)
-                sums = torch.zeros(2, dtype=torch.float64)
-                for x, y in zip(self._last_states(), dense, strict=True):
+                self.prune(plan.for_trial())
+                for x, y in zip(self._last_hidden_states(), dense_states, strict=True):
                     sums += torch.stack([(x - y).square().sum(), y.square().sum()]).double().cpu()
             finally:
-                for layer, weight in zip(self.layers, before, strict=True):
+                for layer, weight in zip(layers, dense_weights, strict=True):
                     layer.parameter.copy_(weight)
-            changed, whole = self.ranks.added(sums).tolist()
-            tried.append((method, Trial(allocation, changed / max(whole, 1e-30))))
-        return sorted(tried, key=lambda pair: pair[1].error)
+            change, norm = communicator.all_reduce_sum(sums).tolist()
+            results.append((plan, Trial(allocation, change / max(norm, 1e-30))))
+        return sorted(results, key=lambda result: result[1].error)
 
-    def _last_states(self) -> Iterator[Tensor]:
-        """What the head is given for each batch; the output, if the last linear layer is pruned."""
-        with self._inputs_behind_pruned_layers() as seen:
-            for batch in self.batches:
-                output = self.forward(self.model, batch)
-                found = seen or [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-                if not found:
+    def _last_hidden_states(self) -> Iterator[Tensor]:
+        """Yield the input of the output projection for each batch, or the model's output."""
+        calibration = self.calibration
+        with self._excluded_inputs() as inputs:
+            for batch in calibration.batches:
+                output = calibration.forward(calibration.model, batch)
+                states = inputs or [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+                if not states:
                     raise ValueError(
-                        "a search compares the model's outputs, and forward returns no tensor"
+                        "a search compares outputs of the model, but forward returns no tensor"
                     )
-                yield found[-1]
+                yield states[-1]
 
     @contextmanager
-    def _inputs_behind_pruned_layers(self) -> Iterator[list[Tensor]]:
-        """Inputs of the spared linear layers that were called since the last pruned one was."""
-        seen: list[Tensor] = []
+    def _excluded_inputs(self) -> Iterator[list[Tensor]]:
+        """Collect inputs of excluded layers that were called after the last pruned layer."""
+        inputs: list[Tensor] = []
+        layers = self.plan.layers
+        excluded = excluded_layers(self.calibration.model, layers)
+        with ExitStack() as stack:
+            stack.enter_context(watch_layers(excluded, lambda _, x: inputs.append(x)))
+            stack.enter_context(watch_layers(layers, lambda *_: inputs.clear()))
+            yield inputs
 
-        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.extend(args[:1])
 
-        spared = spared_modules(self.model, self.layers)
-        hooks = [module.register_forward_pre_hook(note) for module in spared]
-        for layer in self.layers:
-            hooks.append(layer.module.register_forward_pre_hook(lambda *_: seen.clear()))
-        try:
-            yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
+def _candidates(method: AllocationMethod) -> Sequence[Allocation]:
+    if isinstance(method, Search):
+        return method.candidates
+    assert isinstance(method, Allocation)
+    return (method,)

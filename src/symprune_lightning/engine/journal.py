@@ -1,11 +1,9 @@
-"""The journal of a run: what is finished, on disk, so that a run that was killed goes on."""
+"""The journal of a run: an on-disk log of finished blocks, from which a run resumes."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import count, takewhile
 from os import PathLike
@@ -15,330 +13,268 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import Tensor
 
-from symprune_lightning.engine.layers import Layer
-from symprune_lightning.engine.method import Method
-from symprune_lightning.engine.parallel import Ranks, gathered
-from symprune_lightning.engine.result import LayerReport
-from symprune_lightning.files import whole_file, write_json
+from symprune_lightning.engine.distributed.communicator import Communicator
+from symprune_lightning.engine.files import atomic_file, write_json
+from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.result import LayerRecord, LayerReport
+from symprune_lightning.errors import JournalError
 from symprune_lightning.functional.packing import pack, unpack
 
-RUN = "run.json"
-PART = "part-{:05}.safetensors"
+FORMAT_VERSION = 1
+"""Raised whenever a journal of an earlier version can no longer be read."""
 
-
-class JournalError(ValueError):
-    """A journal is of another run, can't be read, or the run does not come out as it says."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What was done to one layer.
-
-    Attributes:
-        report: Its figures.
-        mask: Bool, ``(out_features, in_features)``, True = kept.
-        weight: The new weight in the layer's dtype, if there was a weight update.
-        order: Order of the inputs in which it was pruned, if it was permuted.
-    """
-
-    report: LayerReport
-    mask: Tensor
-    weight: Tensor | None
-    order: Tensor | None
+RUN_FILE = "run.json"
+BLOCK_FILE = "block-{:05}.safetensors"
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a record holds, known to all processes, and where the first has it."""
+    """The header of a layer's record, which all ranks know, and its place in the journal."""
 
     report: LayerReport
-    part: int
-    has: list[str]
+    file_index: int
+    tensors: list[str]
 
 
 class Journal:
-    """What a run has finished, in a folder; one file for each decoder block.
+    """An on-disk log of the finished blocks of a run, one file per decoder block.
 
-    A file takes its name when all of it is on disk, so that a run may be killed at any moment. The
-    run that is started again applies what is recorded, without measuring or scoring it, and goes
-    on from there. The block that was recorded last is pruned again: if it does not come out the
-    same, the two runs are not the same, and an error says so.
+    Files are written atomically, so a run may be killed at any moment. When it is started again,
+    the recorded layers are restored without being measured or scored, and the run continues after
+    them. The block recorded last is pruned once more and compared: a difference proves that the two
+    runs do not compute the same bits, and raises ``JournalError``.
 
-    The first process writes and reads; it tells the others.
+    Rank 0 reads and writes; the other ranks receive its results.
 
     Args:
-        folder: Made if it is not there.
-        ranks: The processes that prune together.
+        folder: Created if it does not exist.
+        communicator: The ranks that prune together.
     """
 
-    def __init__(self, folder: str | PathLike[str], ranks: Ranks) -> None:
+    def __init__(self, folder: str | PathLike[str], communicator: Communicator) -> None:
         self.folder = Path(folder).expanduser().absolute()
-        self.ranks = ranks
-        self._entries: dict[str, _Entry] = {}
-        self._last: dict[str, _Entry] = {}
-        self._heads: dict[str, Any] = {}
+        self.communicator = communicator
+        self._finished: dict[str, _Entry] = {}
+        self._last_block: dict[str, _Entry] = {}
+        self._headers: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._block: int | None = None
-        self._parts = 0
+        self._current_block: int | None = None
+        self._num_files = 0
 
-    def open(self, run: dict[str, Any]) -> None:
-        """Begin a journal of this run, or go on with one.
+    def open(self, fingerprint: dict[str, Any]) -> None:
+        """Start a journal, or continue the one in the folder.
 
         Args:
-            run: What makes it this run, in plain values: see ``described``.
+            fingerprint: See ``run_fingerprint``.
 
         Raises:
-            JournalError: The journal is of another run; or it can't be read.
-            OSError: The folder can't be written to.
+            JournalError: The journal belongs to another run or version, or cannot be read.
+            OSError: The folder cannot be written.
         """
-        text = self._by_first(lambda: self._opened(run))
-        entries = {name: _entry(**head) for name, head in json.loads(text).items()}
-        last = max((entry.part for entry in entries.values()), default=-1)
-        self._entries = {n: e for n, e in entries.items() if e.part < last}
-        self._last = {n: e for n, e in entries.items() if e.part == last}
-        self._parts = max(last, 0)
+        text = self._on_rank_zero(lambda: self._open_folder(fingerprint))
+        entries = {name: _entry(**header) for name, header in json.loads(text).items()}
+        last = max((entry.file_index for entry in entries.values()), default=-1)
+        self._finished = {n: e for n, e in entries.items() if e.file_index < last}
+        self._last_block = {n: e for n, e in entries.items() if e.file_index == last}
+        self._num_files = max(last, 0)
 
-    def has(self, layer: str) -> bool:
-        """Whether the layer is finished, and need not be pruned again."""
-        return layer in self._entries
+    def is_finished(self, layer: str) -> bool:
+        """Return whether the layer is recorded and need not be pruned again."""
+        return layer in self._finished
 
-    def read(self, layer: Layer) -> Record:
-        """What was done to a layer that is finished; all processes must call this."""
-        entry = self._entries[layer.name]
+    def read(self, layer: Layer) -> LayerRecord:
+        """Return the record of a finished layer; every rank must call this."""
+        entry = self._finished[layer.name]
         rows, columns = layer.shape
-        found: dict[str, Tensor] = {}
-        if self.ranks.rank == 0:
-            with safe_open(self.folder / PART.format(entry.part), framework="pt") as file:
-                found = {key: file.get_tensor(f"{layer.name}:{key}") for key in entry.has}
-        like = {
+        stored: dict[str, Tensor] = {}
+        if self.communicator.rank == 0:
+            with safe_open(self._file(entry.file_index), framework="pt") as file:
+                stored = {key: file.get_tensor(f"{layer.name}:{key}") for key in entry.tensors}
+        buffers = {
             "mask": torch.empty(rows, -(-columns // 8), dtype=torch.uint8),
-            "order": torch.empty(columns, dtype=torch.int64),
+            "channel_order": torch.empty(columns, dtype=torch.int64),
             "weight": torch.empty(rows, columns, dtype=layer.parameter.dtype),
         }
         device = layer.parameter.device
-        got = {key: self.ranks.given(found.get(key, like[key])).to(device) for key in entry.has}
-        mask = unpack(got["mask"], columns)
-        return Record(entry.report, mask, got.get("weight"), got.get("order"))
+        tensors = {
+            key: self.communicator.broadcast(stored.get(key, buffers[key])).to(device)
+            for key in entry.tensors
+        }
+        mask = unpack(tensors["mask"], columns)
+        return LayerRecord(entry.report, mask, tensors.get("weight"), tensors.get("channel_order"))
 
-    def begin(self, block: int) -> None:
-        """Say that layers of this block come next: the one before is finished, and written.
+    def start_block(self, block: int) -> None:
+        """Announce layers of a block; the block before it is finished, and written.
 
         Raises:
-            JournalError: It does not come out as it did before.
-            OSError: It can't be written.
+            JournalError: That block does not come out as recorded.
+            OSError: It cannot be written.
         """
-        if self._heads and block != self._block:
+        if self._headers and block != self._current_block:
             self.write()
-        self._block = block
+        self._current_block = block
 
-    def add(self, layer: Layer, record: Record) -> None:
-        """Keep what was done to a layer until its block is finished."""
-        found = {"mask": pack(record.mask), "order": record.order, "weight": record.weight}
-        if record.weight is not None:
-            found["weight"] = record.weight.to(layer.parameter.dtype).contiguous()
-        there = {key: x for key, x in found.items() if x is not None}
-        if self.ranks.rank == 0:
-            self._tensors |= {f"{layer.name}:{key}": x.cpu() for key, x in there.items()}
-        self._heads[layer.name] = {"report": asdict(record.report), "has": list(there)}
+    def add(self, layer: Layer, record: LayerRecord) -> None:
+        """Keep the record of a layer until its block is finished."""
+        weight = record.weight
+        if weight is not None:
+            weight = weight.to(layer.parameter.dtype).contiguous()
+        candidates = {
+            "mask": pack(record.mask),
+            "channel_order": record.channel_order,
+            "weight": weight,
+        }
+        tensors = {key: x for key, x in candidates.items() if x is not None}
+        if self.communicator.rank == 0:
+            self._tensors |= {f"{layer.name}:{key}": x.cpu() for key, x in tensors.items()}
+        self._headers[layer.name] = {"report": asdict(record.report), "tensors": list(tensors)}
 
     def write(self) -> None:
-        """Write what is finished."""
-        if self._heads:
-            self._by_first(self._written)
-            self._parts += 1
-            self._heads.clear()
+        """Write the finished block."""
+        if self._headers:
+            self._on_rank_zero(self._write_block)
+            self._num_files += 1
+            self._headers.clear()
             self._tensors.clear()
-            self._last.clear()
+            self._last_block.clear()
 
-    def note(self, name: str, value: Any) -> None:
-        """Keep a plain value."""
-        self._by_first(lambda: write_json(self.folder / f"{name}.json", value))
+    def save_value(self, name: str, value: Any) -> None:
+        """Save a JSON value."""
+        self._on_rank_zero(lambda: write_json(self.folder / f"{name}.json", value))
 
-    def noted(self, name: str) -> Any:
-        """A value that was kept, ``None`` if there is none."""
+    def load_value(self, name: str) -> Any:
+        """Load a saved JSON value; ``None`` if there is none."""
         path = self.folder / f"{name}.json"
         return json.loads(
-            self._by_first(lambda: path.read_text("utf-8") if path.is_file() else "null")
+            self._on_rank_zero(lambda: path.read_text("utf-8") if path.is_file() else "null")
         )
 
-    def _by_first(self, work: Callable[[], str | None]) -> str:
-        """Have the first process do something and tell the others what came of it."""
+    def _file(self, index: int) -> Path:
+        return self.folder / BLOCK_FILE.format(index)
+
+    def _on_rank_zero(self, work: Callable[[], str | None]) -> str:
+        """Run ``work`` on rank 0 and broadcast its result or error."""
         text, error = "", None
-        if self.ranks.rank == 0:
+        if self.communicator.rank == 0:
             try:
                 text = work() or ""
-            except Exception as raised:  # told to the other processes, and raised by all
+            except Exception as raised:  # broadcast to the other ranks; every rank raises
                 error = raised
-        self.ranks.least(0, error)
-        return self.ranks.told(text)
+        self.communicator.all_reduce_min(0, error)
+        return self.communicator.broadcast_text(text)
 
-    def _opened(self, run: dict[str, Any]) -> str:
-        path = self.folder / RUN
-        files = list(takewhile(Path.is_file, (self.folder / PART.format(i) for i in count())))
+    def _open_folder(self, fingerprint: dict[str, Any]) -> str:
+        """Create or check the folder; return the headers of all recorded layers as JSON."""
+        path = self.folder / RUN_FILE
+        files = list(takewhile(Path.is_file, (self._file(i) for i in count())))
         if files and not path.is_file():
-            raise JournalError(f"{self.folder} has lost its {RUN}: delete it to begin anew")
+            raise JournalError(
+                f"{self.folder} is missing {RUN_FILE}: delete the folder to start over"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
-                write_json(path, run)
+                write_json(path, {"format_version": FORMAT_VERSION, **fingerprint})
         except OSError as error:
             raise OSError(f"cannot write the journal {self.folder}: {error}") from error
-        differences = list(_differences(json.loads(path.read_text("utf-8")), run))
+        self._check_run(path, fingerprint)
+        headers: dict[str, Any] = {}
+        for index, file in enumerate(files):
+            for name, header in _read_headers(file).items():
+                headers[name] = {**header, "file_index": index}
+        return json.dumps(headers)
+
+    def _check_run(self, path: Path, fingerprint: dict[str, Any]) -> None:
+        """Raise ``JournalError`` if the journal is of another version or run."""
+        try:
+            recorded = json.loads(path.read_text("utf-8"))
+            version = recorded.pop("format_version", None)
+        except (ValueError, AttributeError) as error:
+            raise JournalError(
+                f"cannot read {path}: {error}. Delete the folder to start over"
+            ) from error
+        if version != FORMAT_VERSION:
+            raise JournalError(
+                f"{self.folder} was written in journal format {version or 'without a version'}, "
+                f"this version of symprune-lightning reads format {FORMAT_VERSION}: resume with "
+                f"the version that wrote it, or delete the folder to start over"
+            )
+        differences = list(_differences(recorded, fingerprint))
         if differences:
             raise JournalError(
-                f"{self.folder} is the journal of another run: {'; '.join(differences)}. Run it "
-                f"as before to go on with it, or delete the folder to begin anew"
+                f"{self.folder} is the journal of another run: {'; '.join(differences)}. Use the "
+                f"same settings to resume it, or delete the folder to start over"
             )
-        entries: dict[str, Any] = {}
-        for part, file in enumerate(files):
-            entries |= {name: {**e, "part": part} for name, e in _head_of(file).items()}
-        return json.dumps(entries)
 
-    def _written(self) -> None:
-        self._compare()
-        path = self.folder / PART.format(self._parts)
+    def _write_block(self) -> None:
+        self._compare_with_last_block()
+        path = self._file(self._num_files)
         try:
-            with whole_file(path) as partial:
-                save_file(self._tensors, partial, metadata={"layers": json.dumps(self._heads)})
+            with atomic_file(path) as tmp:
+                save_file(self._tensors, tmp, metadata={"layers": json.dumps(self._headers)})
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"cannot write {path}: {error}. What was finished before is recorded: make room, "
-                f"and start the same run again to go on"
+                f"cannot write {path}: {error}. Earlier blocks are recorded: free disk space and "
+                f"start the same run again to resume"
             ) from error
 
-    def _compare(self) -> None:
-        """The block that was recorded last, and is pruned again, has to come out the same."""
-        for name in self._heads:
-            if name not in self._last:
+    def _compare_with_last_block(self) -> None:
+        """Check that the block recorded last, which was pruned again, came out the same."""
+        for name in self._headers:
+            if name not in self._last_block:
                 continue
             key = f"{name}:mask"
-            with safe_open(self.folder / PART.format(self._last[name].part), "pt") as file:
+            with safe_open(self._file(self._last_block[name].file_index), "pt") as file:
                 same = torch.equal(file.get_tensor(key), self._tensors[key])
             if not same:
                 raise JournalError(
-                    f"layer {name} does not come out as {self.folder} has it: the settings are the "
-                    f"same, but the hardware, the number of threads or a library is not, or "
-                    f"something is random. Delete the folder to begin anew"
+                    f"the mask of layer {name} differs from the one in {self.folder}: the settings "
+                    f"are the same, but the hardware, the number of threads or a library is not, "
+                    f"or the forward is random. Delete the folder to start over"
                 )
 
 
-def _entry(report: dict[str, Any], has: list[str], part: int) -> _Entry:
-    return _Entry(LayerReport(**{**report, "shape": tuple(report["shape"])}), part, has)
+def _entry(report: dict[str, Any], tensors: list[str], file_index: int) -> _Entry:
+    shape = tuple(report["shape"])
+    return _Entry(LayerReport(**{**report, "shape": shape}), file_index, tensors)
 
 
-def described(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    method: Method,
-    batches: Iterable[Any],
-    ranks: Ranks,
-    *,
-    weights: str | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
-    """What makes a run the run it is, in plain values: settings, layers, weights, data.
-
-    Args:
-        model: The dense model.
-        layers: The layers to prune.
-        method: What is to be done.
-        batches: Calibration batches of this process.
-        ranks: The processes that prune together.
-        weights: What tells the weights from others, if they are not in memory.
-        settings: What else decides what comes out.
-    """
-    return {
-        "score": _named(method.score),
-        "update": _named(method.update),
-        **{name: _named(value) for name, value in settings.items()},
-        "layers": {
-            layer.name: {
-                "shape": list(layer.shape),
-                "dtype": str(layer.parameter.dtype),
-                "pattern": _named(method.patterns[layer.name]),
-                "refine": _named(method.refiners.get(layer.name, [])),
-            }
-            for layer in layers
-        },
-        "weights": _hash_of_weights(model) if weights is None else weights,
-        "data": _hash_of_data(batches, ranks),
-    }
-
-
-def _named(value: Any) -> str:
-    """As it is written; where an object lies in memory is not part of it."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _hash_of_weights(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        value = gathered(parameter.detach())
-        bits = torch.hash_tensor(value).view(torch.int64)  # uint64 may not fit into an int
-        digest.update(f"{name} {tuple(value.shape)} {int(bits)}".encode())
-    return digest.hexdigest()
-
-
-def _hash_of_data(batches: Iterable[Any], ranks: Ranks) -> str:
-    """Of all processes' batches, in the order in which one process would have them."""
-    total = 0
-    for i, batch in enumerate(batches):
-        leaves, structure = tree_flatten(batch)
-        digest = hashlib.sha256(f"{ranks.share + i * ranks.shares} {structure}".encode())
-        for leaf in leaves:
-            digest.update(_bytes(leaf))
-        total += int.from_bytes(digest.digest()[:4], "little")
-    # sums of integers this small are exact in float64, and their order does not matter
-    counted = torch.tensor([float(total) if ranks.counts else 0.0], dtype=torch.float64)
-    return f"{int(ranks.added(counted)):x}"
-
-
-def _bytes(leaf: Any) -> bytes:
-    if not isinstance(leaf, Tensor):
-        return repr(leaf).encode()
-    flat = leaf.detach().cpu().contiguous().flatten()
-    head = f"{leaf.dtype} {tuple(leaf.shape)}".encode()
-    return head + flat.view(torch.uint8).numpy().tobytes()
+def _read_headers(file: Path) -> dict[str, Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            headers: dict[str, Any] = json.loads(opened.metadata()["layers"])
+            return headers
+    except (SafetensorError, KeyError, TypeError, OSError) as error:
+        raise JournalError(
+            f"cannot read {file}: {error}. Delete it and all files with higher numbers to resume "
+            f"from the block before"
+        ) from error
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Yield a phrase for each entry in which two fingerprints differ."""
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if old == new:
             continue
         if key == "layers":
-            yield from _differing_layers(old or {}, new or {})
+            yield from _layer_differences(old or {}, new or {})
         elif key in ("weights", "data"):
-            what = {"weights": "the model's weights", "data": "the calibration data"}[key]
-            yield f"{what} differ"
+            subject = {"weights": "the model's weights", "data": "the calibration data"}[key]
+            yield f"{subject} differ"
         else:
-            yield f"{key} was {old}, and is {new}"
+            yield f"{key} was {old} and is now {new}"
 
 
-def _differing_layers(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    name = differing[0]
+def _layer_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Yield the differences of the first layer that differs; the others are likely the same."""
+    name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
     old, new = before.get(name), now.get(name)
     if old is None or new is None:
         yield f"layer {name} was {'not ' if old is None else ''}among the layers to prune"
         return
-    yield from (
-        f"{key} of layer {name} was {old[key]}, and is {new[key]}"
-        for key in old
-        if old[key] != new[key]
-    )
-
-
-def _head_of(file: Path) -> dict[str, Any]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            head: dict[str, Any] = json.loads(opened.metadata()["layers"])
-            return head
-    except (SafetensorError, KeyError, TypeError, OSError) as error:
-        raise JournalError(
-            f"cannot read {file}: {error}. Delete it and those with higher numbers to go on from "
-            f"the block before"
-        ) from error
+    for key in old:
+        if old[key] != new[key]:
+            yield f"{key} of layer {name} was {old[key]} and is now {new[key]}"

@@ -1,41 +1,64 @@
-"""``prune_model``: any ``nn.Module`` in, the same module with zeros out."""
+"""``prune_model``: prune any ``nn.Module`` in place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from symprune_lightning.engine.allocate import Division
-from symprune_lightning.engine.journal import Journal, described
-from symprune_lightning.engine.layers import LM_HEAD, decoder_blocks, prunable_layers
-from symprune_lightning.engine.method import (
-    Refine,
-    Sparsity,
-    resolve_method,
+from symprune_lightning.engine.allocate import AllocationResolver
+from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
+from symprune_lightning.engine.distributed.sharding import placement_of
+from symprune_lightning.engine.fingerprint import run_fingerprint
+from symprune_lightning.engine.forward.calibration import Calibration, Forward, call_model
+from symprune_lightning.engine.hooks import PruningHooks
+from symprune_lightning.engine.journal import Journal
+from symprune_lightning.engine.layers.select import (
+    DEFAULT_IGNORE,
+    decoder_blocks,
+    prunable_layers,
 )
-from symprune_lightning.engine.parallel import ALONE, Ranks, residence_of
-from symprune_lightning.engine.residence import Residence
-from symprune_lightning.engine.result import OnScores, Progress, PruneResult, Trial
-from symprune_lightning.engine.run import Run
-from symprune_lightning.engine.schedule import (
-    Forward,
-    Schedule,
-    check_schedule,
-)
-from symprune_lightning.functional.allocation import Allocation
-from symprune_lightning.functional.naming import by_name
+from symprune_lightning.engine.method import PruningMethod, Refine, Sparsity
+from symprune_lightning.engine.placement import WeightPlacement
+from symprune_lightning.engine.plan import PruningPlan
+from symprune_lightning.engine.result import PruneResult, Trial
+from symprune_lightning.engine.run import PruningRun
+from symprune_lightning.functional.allocation import AllocationMethod
 from symprune_lightning.functional.patterns import Group, Pattern
 from symprune_lightning.functional.scores import Score
+from symprune_lightning.functional.solvers import LayerSolver
+from symprune_lightning.functional.statistics import CalibrationOrder
 from symprune_lightning.functional.update import WeightUpdate
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is executed, as opposed to which weights it prunes; see ``prune_model``.
+
+    Attributes:
+        forward: Runs the model on one batch.
+        placement: Placement of the weights, inferred by default.
+        communicator: The ranks that prune together.
+        offload: Target of offloaded hidden states.
+        journal: Folder of the journal.
+        hooks: Observers.
+    """
+
+    forward: Forward | None = None
+    placement: WeightPlacement | None = None
+    communicator: Communicator = SINGLE_PROCESS
+    offload: str | PathLike[str] | None = None
+    journal: str | PathLike[str] | None = None
+    hooks: Sequence[PruningHooks] = ()
+
+
 def prune_model(
-    model: nn.Module | Residence,
+    model: nn.Module,
     batches: Iterable[Any],
     *,
     score: Score | str = "ria",
@@ -44,68 +67,74 @@ def prune_model(
     group: Group = "output",
     refine: Refine = None,
     update: WeightUpdate | str | None = None,
-    allocation: Allocation | str | None = None,
-    schedule: Schedule = "layer",
-    ignore: Sequence[str] = LM_HEAD,
+    solver: LayerSolver | str | None = None,
+    allocation: AllocationMethod | str | None = None,
+    calibration_order: CalibrationOrder = "layer",
+    ignore: Sequence[str] = DEFAULT_IGNORE,
     only: Sequence[str] | None = None,
     forward: Forward | None = None,
-    ranks: Ranks = ALONE,
+    placement: WeightPlacement | None = None,
+    communicator: Communicator = SINGLE_PROCESS,
     offload: str | PathLike[str] | None = None,
     journal: str | PathLike[str] | None = None,
-    on_scores: OnScores | None = None,
-    progress: Progress | None = None,
+    hooks: Sequence[PruningHooks] = (),
 ) -> PruneResult:
     """Prune a model in place, in one pass over the calibration batches.
 
     Args:
         model: Any module with ``Linear`` (or transformers ``Conv1D``) layers, on any device and in
-            any floating-point dtype. Runs in eval mode; its mode is restored. Or a checkpoint that
-            is read block by block, see [`StreamedCheckpoint`]
-            [symprune_lightning.streaming.StreamedCheckpoint].
-        batches: Calibration data, an iterable of what the model takes: mappings are passed as
-            keywords, tuples and lists as positional arguments, anything else as it is. Padding
-            that a 2-D ``attention_mask`` marks is not measured. Not looked at by methods that need
-            no data.
+            any floating-point dtype. Runs in eval mode; its mode is restored.
+        batches: Calibration data, an iterable of inputs of the model: mappings are passed as
+            keyword arguments, tuples and lists as positional ones, anything else as the single
+            argument. Padding marked by a 2-D ``attention_mask`` is not measured. Not iterated by
+            methods that need no data.
         score: Importance of each weight: a ``Score``, or its name.
         sparsity: Fraction of zeros in each group, in ``[0, 1)``; or by layer, first match first:
             ``{"re:.*down_proj": 0.4, "re:.*": 0.5}``.
         pattern: ``"2:4"`` or a ``Pattern``, in place of ``sparsity`` and ``group``.
-        group: Which weights compete: of one ``"output"`` channel, of one ``"input"`` channel, of
-            the whole ``"layer"``, of a decoder ``"block"`` (schedule block or dense), or of the
-            ``"model"`` (schedule dense; holds all scores at once).
-        refine: Improves each mask before it is applied: a ``MaskRefiner``, its name, several in a
-            list, or for some layers only, such as ``{"re:.*self_attn.*": "dsnot"}``.
-        update: Changes the kept weights to make up for the pruned ones: a ``WeightUpdate``, or its
-            name. Without one kept weights keep their values.
-        allocation: Divides the sparsity among layers: an ``Allocation``, or its name. Without one
-            all layers have the same.
-        schedule: When a layer is pruned, see [`Schedule`]
-            [symprune_lightning.engine.schedule.Schedule].
-        ignore: Layers to leave dense: names, or regular expressions behind ``re:``. Replaces the
-            default, which spares the output projection ``lm_head``.
-        only: Layers to prune, in the same way; ``None`` for all.
-        forward: Called as ``forward(model, batch)`` in place of the rule above.
-        ranks: The processes that prune this model together: ``Ranks.all()`` in a script started by
-            torchrun. ``batches`` is then this process's share (``ranks.deal`` makes one). All must
-            call alike, and all end with the same masks.
-        offload: Where the hidden states of batches are kept while they wait before a decoder block:
-            ``"cpu"`` for the CPU's memory, or a folder on disk; ``None`` leaves them on the device.
-            Batches inside a block stay there, with schedule block one at a time.
-        journal: Folder to keep every finished block in, so that a run that was killed goes on when
-            it is started again, with the same masks bit for bit. Delete it afterwards.
-        on_scores: Called with every layer's name, scores and mask before refining, to look at them.
-        progress: Called after every layer.
+        group: Which weights compete: those of one ``"output"`` channel, of one ``"input"``
+            channel, of the ``"layer"``, of a decoder ``"block"`` (calibration order ``"block"`` or
+            ``"dense"``), or of the ``"model"`` (order ``"dense"``; holds all scores in memory).
+        refine: Improves each mask before it is applied: a ``MaskRefiner``, its name, a sequence of
+            them, or a mapping by layer, such as ``{"re:.*self_attn.*": "dsnot"}``.
+        update: Changes the kept weights to compensate for the pruned ones: a ``WeightUpdate``, or
+            its name. Without one kept weights keep their values.
+        solver: Chooses mask and weights together, in place of score, refiners and update: a
+            ``LayerSolver``, or its name such as ``"sparsegpt"``.
+        allocation: Divides the sparsity among layers: an ``Allocation``, ``Search``, or a name.
+            Without one all layers have the same sparsity.
+        calibration_order: ``"layer"`` prunes each layer as soon as its inputs are known,
+            ``"block"`` block by block, ``"dense"`` all layers by statistics of the dense model;
+            see [`CalibrationOrder`][symprune_lightning.functional.statistics.CalibrationOrder].
+        ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``.
+            Replaces the default, which ignores the output projection ``lm_head``.
+        only: Layers to prune, in the same form; ``None`` for all.
+        forward: Called as ``forward(model, batch)`` in place of the rule for ``batches``.
+        placement: Placement of the weights if ``model`` is not in memory, such as a
+            [`StreamedCheckpoint`][symprune_lightning.StreamedCheckpoint]. By default it is
+            inferred: in memory, or sharded by FSDP2.
+        communicator: The ranks that prune together: ``Communicator.from_default_group()`` in a
+            script started by torchrun. ``batches`` are then those of this rank
+            (``communicator.shard`` selects them). All ranks must make the same call, and end with
+            the same masks.
+        offload: Target of the hidden states of batches that wait in front of a decoder block:
+            ``"cpu"`` for CPU memory, or a folder on disk; ``None`` leaves them on the device.
+            Batches inside a block stay there: with order ``"block"`` one at a time.
+        journal: Folder in which every finished block is recorded. After a crash, the same call
+            resumes after the last finished block, with the same masks bit for bit. Delete it
+            afterwards.
+        hooks: Observers of the run, see [`PruningHooks`][symprune_lightning.PruningHooks].
 
     Returns:
         Masks and a report by layer. The model's weights are already zeroed.
 
     Raises:
-        ValueError: An argument is wrong, there are no batches, or activations are not finite. The
-            model is unchanged.
+        ValueError: An argument is invalid, there are no batches, or activations are not finite.
+            The model is unchanged.
         PruningError: The same, or an error of the model's own (the cause), after some layers had
             been pruned. The message says how many: load the model again.
-        RankError: Another process has failed.
-        JournalError: The journal is of another run; the message says what differs.
+        RankError: Another rank failed.
+        JournalError: The journal belongs to another run; the message names the differences.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -116,78 +145,104 @@ def prune_model(
         >>> result.sparsity
         0.5
     """
-    check_schedule(schedule)
-    if isinstance(batches, Tensor):
-        raise ValueError("batches is one tensor; pass an iterable of batches, such as [tensor]")
-    residence = model if isinstance(model, Residence) else residence_of(model)
-    if isinstance(model, Residence):
-        model = model.model
-    streamed = residence is not None and not residence.readable
-    layers = prunable_layers(model, ignore, only, on_meta=streamed)
-    method = resolve_method(
-        model,
-        layers,
+    method = PruningMethod.resolve(
         score=score,
         sparsity=sparsity,
         pattern=pattern,
         group=group,
         refine=refine,
         update=update,
-        schedule=schedule,
+        solver=solver,
+        allocation=allocation,
+        calibration_order=calibration_order,
+        ignore=ignore,
+        only=only,
     )
-    if streamed and next(iter(method.patterns.values())).group == "model":
-        raise ValueError("group 'model' needs all weights at once: load the model as a whole")
-    forward = forward or call_model
-    trials: list[Trial] = []
-    with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
-        book = None
-        if journal is not None:
-            batches = list(batches)
-            book = Journal(journal, ranks)
-            given = {"schedule": schedule, "sparsity": sparsity, "allocation": allocation}
-            weights = None if residence is None else residence.identity
-            book.open(described(model, layers, method, batches, ranks, weights=weights, **given))
-        if allocation is not None:
-            if isinstance(sparsity, Mapping):
-                raise ValueError("sparsity by layer does not go with an allocation: give one level")
-            batches = list(batches)
-            division = Division(model, layers, batches, forward, method, schedule, ranks, residence)
-            chosen = by_name(Allocation, allocation)  # type: ignore[type-abstract]
-            method, trials = division.divided(chosen, sparsity, book)
-        if offload is not None and residence is None:
-            residence = Residence(model, list(decoder_blocks(model, layers)))
-        run = Run(layers, method, ranks, residence, offload, book, on_scores, progress)
+    options = RunOptions(forward, placement, communicator, offload, journal, hooks)
+    return prune_with(model, batches, method, options)
+
+
+def prune_with(
+    model: nn.Module, batches: Iterable[Any], method: PruningMethod, options: RunOptions
+) -> PruneResult:
+    """Prune a model in place by a method object; see ``prune_model``."""
+    if isinstance(batches, Tensor):
+        raise ValueError("batches is one tensor; pass an iterable of batches, such as [tensor]")
+    placement = options.placement or placement_of(model)
+    layers = prunable_layers(
+        model, method.ignore, method.only, allow_meta=not placement.always_loaded
+    )
+    plan = PruningPlan.resolve(model, layers, method)
+    if not placement.always_loaded and method.budget(0.0).group == "model":
+        raise ValueError(
+            "group 'model' compares all weights at once: load the full model into memory"
+        )
+    if options.journal is not None or method.allocation is not None:
+        batches = list(batches)  # iterated more than once
+    forward = options.forward or call_model
+    calibration = Calibration(model, batches, forward, placement, options.communicator)
+    for hook in options.hooks:
+        hook.on_pruning_start([layer.name for layer in layers])
+    with torch.inference_mode(False), torch.no_grad(), _eval_mode(model):
+        journal = _open_journal(options.journal, plan, calibration)
+        plan, trials = _resolve_allocation(plan, calibration, journal)
+        if options.offload is not None:
+            calibration = replace(calibration, offload=options.offload)
+            placement.blocks = placement.blocks or list(decoder_blocks(model, layers))
+        run = PruningRun(plan, calibration, journal, options.hooks)
         run.result.trials.extend(trials)
-        with run.saying_what_is_done():
-            run.run(model, batches, forward, schedule)
-            run.check_same()
+        with run.error_context():
+            run.run()
+            run.check_ranks()
+    for hook in options.hooks:
+        hook.on_pruning_end(run.result)
     return run.result
 
 
-def call_model(model: nn.Module, batch: Any) -> object:
-    """Mappings as keywords, tuples and lists as positional arguments, anything else as it is."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+def _open_journal(
+    folder: str | PathLike[str] | None, plan: PruningPlan, calibration: Calibration
+) -> Journal | None:
+    if folder is None:
+        return None
+    journal = Journal(folder, calibration.communicator)
+    journal.open(run_fingerprint(plan, calibration))
+    return journal
+
+
+def _resolve_allocation(
+    plan: PruningPlan, calibration: Calibration, journal: Journal | None
+) -> tuple[PruningPlan, list[Trial]]:
+    """Give each layer its sparsity; return the plan and the trials of a search."""
+    method = plan.method
+    if method.allocation is None:
+        return plan, []
+    assert not isinstance(method.sparsity, Mapping), "checked by PruningMethod"
+    resolver = AllocationResolver(
+        plan,
+        calibration,
+        method.sparsity,
+        prune=lambda trial_plan: PruningRun(trial_plan, calibration).run(),
+    )
+    return resolver.resolve(method.allocation, journal)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode and no KV cache, both restored at the end."""
     training = [module for module in model.modules() if module.training]
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if _caches(m)}
-    caching = list(configs.values())
+    cached: dict[int, Any] = {id(m.config): m.config for m in model.modules() if _uses_cache(m)}
+    configs = list(cached.values())
     try:
         model.eval()
-        for config in caching:
+        for config in configs:
             config.use_cache = False
         yield
     finally:
-        for config in caching:
+        for config in configs:
             config.use_cache = True
         for module in training:
             module.training = True
 
 
-def _caches(module: nn.Module) -> bool:
+def _uses_cache(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "use_cache", None) is True

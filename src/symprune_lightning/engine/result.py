@@ -1,41 +1,37 @@
-"""What a run gives back."""
+"""Results of a pruning run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from symprune_lightning.engine.layers import Layer
+from symprune_lightning.engine.layers.select import find_layers
 from symprune_lightning.functional.allocation import Allocation
-
-
-class PruningError(RuntimeError):
-    """Pruning stopped half-way: some layers are sparse already, the others still dense."""
+from symprune_lightning.functional.packing import PackedMasks
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was done to one layer.
+    """Figures of one pruned layer.
 
     Attributes:
-        name: The layer's qualified name.
+        name: Qualified name of the layer.
         shape: ``(out_features, in_features)``.
-        asked: Fraction of zeros asked for.
+        target_sparsity: Requested fraction of zeros.
         sparsity: Realised fraction of zeros.
-        error: Expected squared change of the output by the first mask, relative to the expected
+        error: Expected squared change of the output by the initial mask, relative to the expected
             squared output (see ``Statistics.squared_error``); ``None`` without input statistics.
         error_refined: The same after refining; equals ``error`` without a refiner.
         error_updated: The same after the weight update; ``None`` without one.
-        swaps: Weights that the refiner exchanged.
-        tokens: Calibration tokens that reached the layer.
-        seconds: Time for scoring, masking and refining.
+        swaps: Number of weights that refiners exchanged.
+        tokens: Number of calibration tokens that reached the layer.
+        seconds: Time for scoring, masking, refining and updating.
     """
 
     name: str
     shape: tuple[int, int]
-    asked: float
+    target_sparsity: float
     sparsity: float
     error: float | None
     error_refined: float | None
@@ -44,14 +40,42 @@ class LayerReport:
     tokens: int
     seconds: float
 
+    @property
+    def num_weights(self) -> int:
+        """Number of weights of the layer."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def num_zeros(self) -> int:
+        """Number of pruned weights of the layer."""
+        return round(self.sparsity * self.num_weights)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """Everything that pruning one layer produced; enough to repeat it on the dense layer.
+
+    Attributes:
+        report: Figures.
+        mask: Bool, ``(out_features, in_features)``, True = kept.
+        weight: New weight, if a weight update or a solver changed it.
+        channel_order: Order of the inputs in which the mask is N:M, if it was permuted.
+    """
+
+    report: LayerReport
+    mask: Tensor
+    weight: Tensor | None
+    channel_order: Tensor | None
+
 
 @dataclass(frozen=True)
 class Trial:
-    """What a search has tried.
+    """One candidate of a search over allocations.
 
     Attributes:
-        allocation: How the sparsity was divided.
-        error: Squared change of the last hidden states by pruning so, relative to their square.
+        allocation: The candidate.
+        error: Squared change of the last hidden states when the model is pruned with it, relative
+            to their squared norm.
     """
 
     allocation: Allocation
@@ -63,43 +87,32 @@ class PruneResult:
     """Masks and figures of a run.
 
     Attributes:
-        masks: Layer name to bool mask ``(out_features, in_features)``, True = kept, on the CPU.
-            Empty for a checkpoint that is streamed: a byte for each weight would be half of what it
-            keeps out of memory, and its output is zero where the masks are.
+        masks: Layer name to bool mask ``(out_features, in_features)``, True = kept. Stored as
+            packed bits on the CPU and unpacked on access.
         layers: One report per pruned layer, in the order of pruning.
         permutations: Layer name to the order of its inputs in which its mask is N:M, for patterns
             that permute: ``mask[:, order]``.
-        unreached: Prunable layers that no calibration batch came to; they are still dense.
-        trials: What a search has tried, best first; empty without one.
+        unreached: Prunable layers that no calibration batch reached; they are still dense.
+        trials: Candidates of a search over allocations, best first; empty without a search.
     """
 
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: PackedMasks = field(default_factory=PackedMasks)
     layers: list[LayerReport] = field(default_factory=list)
     permutations: dict[str, Tensor] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
 
-    def holds_in(self, model: nn.Module) -> bool:
-        """Whether the model's weights are zero wherever the masks are."""
-        for name, mask in self.masks.items():
-            weight = Layer(name, model.get_submodule(name)).read()
-            if bool((weight.masked_fill(mask.to(weight.device), 0) != 0).any()):
+    def is_applied_to(self, model: nn.Module) -> bool:
+        """Return whether the model's weights are zero wherever the masks prune."""
+        for layer in find_layers(model, self.masks):
+            weight = layer.matrix()
+            mask = self.masks[layer.name].to(weight.device)
+            if bool((weight.masked_fill(mask, 0) != 0).any()):
                 return False
         return True
 
     @property
     def sparsity(self) -> float:
-        """Realised fraction of zeros over all pruned layers."""
-        sizes = [layer.shape[0] * layer.shape[1] for layer in self.layers]
-        zeros = [layer.sparsity * n for layer, n in zip(self.layers, sizes, strict=True)]
-        return sum(map(round, zeros)) / sum(sizes)
-
-
-OnScores = Callable[[str, Tensor, Tensor], None]
-"""Called with a layer's name, its scores and its mask before refining.
-
-Of the rows that this process works on; scores are −∞ where a weight was zero before.
-"""
-
-Progress = Callable[[LayerReport, int, int], None]
-"""Called after each layer with its report, how many layers are done, and how many there are."""
+        """Realised fraction of zeros over all pruned layers; 0 if there are none."""
+        weights = sum(report.num_weights for report in self.layers)
+        return sum(report.num_zeros for report in self.layers) / max(weights, 1)

@@ -1,358 +1,254 @@
-"""One run: what has been pruned so far, and the pruning of layers whose statistics are complete."""
+"""A pruning run: calibration, and the pruning of layers whose statistics are complete."""
 
 from __future__ import annotations
 
-import os
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from symprune_lightning.engine.journal import Journal, Record
-from symprune_lightning.engine.layers import Layer
-from symprune_lightning.engine.method import Method, PruningWarning, naming
-from symprune_lightning.engine.parallel import Ranks, is_sharded
-from symprune_lightning.engine.recorder import Recorder
-from symprune_lightning.engine.residence import Residence
-from symprune_lightning.engine.result import (
-    LayerReport,
-    OnScores,
-    Progress,
-    PruneResult,
-    PruningError,
-)
-from symprune_lightning.engine.schedule import Forward, Schedule, SuspendedForward
+from symprune_lightning.engine.distributed.dtensor import is_dtensor
+from symprune_lightning.engine.forward.calibration import Calibration
+from symprune_lightning.engine.forward.recorder import Recorder
+from symprune_lightning.engine.forward.suspended import SuspendedForward
+from symprune_lightning.engine.hooks import PruningHooks
+from symprune_lightning.engine.journal import Journal
+from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.masking import NUM_SUMS, RowPruner, RowSlice
+from symprune_lightning.engine.plan import PruningPlan
+from symprune_lightning.engine.result import LayerRecord, LayerReport, PruneResult
+from symprune_lightning.errors import PruningError, PruningWarning
 from symprune_lightning.functional.statistics import Statistics
 
-EMPTY = "the calibration set is empty: pass at least one batch"
 
+class PruningRun:
+    """State of a pruning run and the code that advances it.
 
-@dataclass(frozen=True)
-class _Part:
-    """What this process has worked out of one layer.
-
-    Attributes:
-        rows: The rows that are its share.
-        mask: Their mask, with the inputs in ``order``.
-        updated: Their new weights, if there is an update.
-        order: Order of the inputs in which the layer was pruned, ``None`` for its own.
-        figures: Sums over its rows: squared output, squared errors (first, refined, updated),
-            swaps.
-        seconds: Time it took.
-    """
-
-    rows: slice
-    mask: Tensor
-    updated: Tensor | None
-    order: Tensor | None
-    figures: Tensor
-    seconds: float
-
-
-class Run:
-    """What has been done so far, and the doing of it.
+    For each layer whose statistics are complete, ``prune`` scores its weights, computes and
+    refines a mask, updates the kept weights, and writes the result into the model. Every rank does
+    so for a slice of the rows.
 
     Args:
-        layers: The layers to prune.
-        method: How.
-        ranks: The processes that prune together.
-        residence: Where the weights are, if they are not in memory all the time.
-        offload: Where the hidden states of waiting batches are, if not beside the weights.
-        journal: What an earlier run has finished, and where to keep what this one does.
-        on_scores: Called with the scores of every layer.
-        progress: Called after every layer.
+        plan: The method, for every layer.
+        calibration: Model and batches.
+        journal: Finished layers of an earlier run, and the place to record those of this one.
+        hooks: Observers.
+
+    Attributes:
+        result: Masks and reports of the layers pruned so far.
     """
 
     def __init__(
         self,
-        layers: list[Layer],
-        method: Method,
-        ranks: Ranks,
-        residence: Residence | None = None,
-        offload: str | os.PathLike[str] | None = None,
+        plan: PruningPlan,
+        calibration: Calibration,
         journal: Journal | None = None,
-        on_scores: OnScores | None = None,
-        progress: Progress | None = None,
+        hooks: Sequence[PruningHooks] = (),
     ) -> None:
-        self.layers = layers
-        self.method = method
-        self.ranks = ranks
-        self.residence = residence
-        self.offload = offload
+        self.plan = plan
+        self.calibration = calibration
         self.journal = journal
-        self.on_scores = on_scores
-        self.progress = progress
+        self.hooks = hooks
         self.result = PruneResult()
-        # moments cost next to nothing, and tell activations that are not finite
-        self.recorder = Recorder({*method.needs, "input"}, layers, ranks) if method.needs else None
+        self._rows = RowPruner(plan, calibration.communicator, hooks)
+        self._recorder: Recorder | None = None
+        if plan.method.needs:
+            # moments are almost free and reveal activations that are not finite
+            needs = {*plan.method.needs, "input"}
+            self._recorder = Recorder(needs, plan.layers, calibration.communicator)
 
-    def run(
-        self, model: nn.Module, batches: Iterable[Any], forward: Forward, schedule: Schedule
-    ) -> None:
-        """Send the batches through the model, pruning on the way; without, if none are needed."""
-        if self.recorder is None:
-            self._prune_without_data()
+    def run(self) -> None:
+        """Run calibration and prune layers as they complete; skip it for data-free methods."""
+        if self._recorder is None:
+            placement = self.calibration.placement
+            with placement.session(self.plan.layers):
+                placement.for_each_block(self.plan.layers, self.prune)
         else:
-            self._prune_on_the_way(self.recorder, model, batches, forward, schedule)
+            self._prune_during_forward(self._recorder)
         if self.journal is not None:
             self.journal.write()
 
-    def _prune_on_the_way(
-        self,
-        recorder: Recorder,
-        model: nn.Module,
-        batches: Iterable[Any],
-        forward: Forward,
-        schedule: Schedule,
-    ) -> None:
-        left, restore = self.layers, None
-        if schedule != "dense":  # there the forward has to meet the dense weights
-            left = [layer for layer in self.layers if not self._is_recorded([layer])]
-            restore = self._restore_inside
-        suspended = SuspendedForward(
-            model,
-            left,
-            recorder,
-            self.prune,
-            schedule,
-            self.ranks,
-            self.residence,
-            self.offload,
-            restore,
-        )
-        if not suspended.run(batches, forward):
-            raise ValueError(EMPTY)
-        done = {layer.name for layer in self.result.layers}
-        self.result.unreached.extend(x.name for x in self.layers if x.name not in done)
-        if not done:
-            raise ValueError(
-                f"no calibration batch came to any of the {len(self.layers)} prunable layers, such "
-                f"as {self.layers[0].name}: is `forward` running the right model?"
-            )
-        _warn_of(self.result.unreached, "no calibration batch came to these layers, still dense")
-        _warn_of(
-            sorted(suspended.late),
-            "a batch came to these layers after they had been pruned, and was not measured there "
-            "(use schedule='dense' to measure every call)",
-        )
-
-    def _prune_without_data(self) -> None:
-        """Prune all layers as they are, with no forward."""
-        if self.residence is None:
-            self.prune(self.layers)
-            return
-        with self.residence.opened():
-            self.residence.visit(self.layers, self.prune)
-
     def prune(self, layers: Sequence[Layer]) -> None:
         """Prune layers whose statistics are complete."""
-        for together in self.method.competitors(layers):
-            if self._is_recorded(together):
-                self._restore(together)
+        for group in self.plan.comparison_groups(layers):
+            if self._is_recorded(group):
+                self._restore(group)
                 continue
             if self.journal is not None:
-                self.journal.begin(self.method.blocks[together[0].name])
-            with torch.autocast(together[0].parameter.device.type, enabled=False):
-                self._prune(together)
-        if self.recorder is not None:
-            self.recorder.finish(layer.name for layer in layers)
-        torch.clear_autocast_cache()  # it may hold copies of the dense weights
+                self.journal.start_block(self.plan.block_indices[group[0].name])
+            with torch.autocast(group[0].parameter.device.type, enabled=False):
+                self._prune_group(group)
+        if self._recorder is not None:
+            self._recorder.release(layer.name for layer in layers)
+        # autocast caches half-precision copies of weights, which are the dense ones
+        torch.clear_autocast_cache()
 
-    def _is_recorded(self, layers: Sequence[Layer]) -> bool:
-        return self.journal is not None and all(self.journal.has(x.name) for x in layers)
-
-    def _restore(self, layers: Iterable[Layer]) -> None:
-        """Do to layers what an earlier run has recorded."""
-        assert self.journal is not None
-        for layer in layers:
-            self._change(layer, self.journal.read(layer))
-
-    def _restore_inside(self, modules: set[nn.Module]) -> None:
-        """Do to the layers among these modules what an earlier run has recorded."""
-        recorded = [x for x in self.layers if x.module in modules and self._is_recorded([x])]
-        if recorded:
-            self._restore(recorded)
-
-    def check_same(self) -> None:
-        """Make sure that all processes hold the same weights: see ``Ranks.check_same``."""
-        whole = [x.parameter for x in self.layers if not is_sharded(x.parameter)]
-        if whole and self.residence is None:
-            self.ranks.check_same(whole)
-
-    def _prune(self, layers: Sequence[Layer]) -> None:
-        """Score, mask, refine, update and zero layers that compete with one another."""
-        statistics = [self._statistics(layer) for layer in layers]
-        weights = [layer.read() for layer in layers]
-        parts: list[_Part] = []
-        error = None
-        try:
-            parts = list(self._parts(layers, weights, statistics))
-        except Exception as raised:  # told to the other processes, and raised by all
-            error = raised
-        # `weights` may be the parameters themselves: no use of them beyond here
-        for i, layer in enumerate(layers):
-            self._apply(layer, None if error else parts[i], error, statistics[i])
-
-    def _parts(
-        self, layers: Sequence[Layer], weights: Sequence[Tensor], statistics: Sequence[Statistics]
-    ) -> Iterator[_Part]:
-        """This process's share of the work on layers that compete with one another."""
-        start = time.perf_counter()
-        method = self.method
-        orders: list[Tensor | None] = [None] * len(layers)
-        rows = [self.ranks.rows(len(weight)) for weight in weights]
-        if method.update is not None and method.update.chooses_mask:
-            firsts = [torch.ones_like(w, dtype=torch.bool) for w in weights]
-            if method.patterns[layers[0].name].group != "output":  # rows compete: one process
-                rows = [self.ranks.whole(len(weight)) for weight in weights]
-            firsts = [first[part] for first, part in zip(firsts, rows, strict=True)]
-        else:
-            scores = method.scores(layers, weights, statistics, rows)
-            orders = [method.order(*pair) for pair in zip(layers, scores, strict=True)]
-            scores = [s if o is None else s[:, o] for s, o in zip(scores, orders, strict=True)]
-            firsts = method.first_masks(layers, scores, rows)
-            if self.on_scores is not None:
-                for layer, score, first, part in zip(layers, scores, firsts, rows, strict=True):
-                    mine = score if len(score) == len(first) else score[part]
-                    self.on_scores(layer.name, mine, first)
-        for i, layer in enumerate(layers):
-            with naming(layer):
-                yield self._part(
-                    layer, weights[i], firsts[i], statistics[i], orders[i], rows[i], start
-                )
-            start = time.perf_counter()
-
-    def _part(
-        self,
-        layer: Layer,
-        weight: Tensor,
-        first: Tensor,
-        statistics: Statistics,
-        order: Tensor | None,
-        rows: slice,
-        start: float,
-    ) -> _Part:
-        """Refine and update some rows of a layer; ``first`` is their mask by score."""
-        pattern, update = self.method.patterns[layer.name], self.method.update
-        refiners = self.method.refiners.get(layer.name, [])
-        if refiners:
-            statistics = replace(statistics, column_sum=weight.abs().sum(0))
-        weight = weight[rows]
-        if order is not None:
-            weight, statistics = weight[:, order], statistics.permuted(order)
-        mask, updated = first, None
-        for refiner in refiners if len(weight) else []:
-            mask = refiner(weight, mask, statistics, pattern.span())
-        if update is not None and len(weight):
-            updated, mask = update(weight, mask, statistics, pattern)
-            first = mask if update.chooses_mask else first
-        elif update is not None:
-            updated = weight
-        figures = _figures(weight, first, mask, updated, statistics)
-        return _Part(rows, mask, updated, order, figures, time.perf_counter() - start)
-
-    def _apply(
-        self, layer: Layer, part: _Part | None, error: Exception | None, statistics: Statistics
-    ) -> None:
-        """Join the parts of all processes, change the weight, report and record."""
-        rows, columns = layer.shape
-        mask, figures = self.ranks.join_masks(
-            (rows, columns),
-            slice(0) if part is None else part.rows,
-            None if part is None else part.mask,
-            None if part is None else part.figures,
-            error,
-        )
-        assert part is not None
-        updated = part.updated
-        if updated is not None:
-            updated = self.ranks.join_rows(updated, part.rows, rows)
-        if part.order is not None:
-            back = part.order.argsort()
-            mask = mask[:, back]
-            updated = None if updated is None else updated[:, back]
-        output, *errors, swaps = figures.tolist()
-        measured = [None if statistics.input is None else e / max(output, 1e-30) for e in errors]
-        report = LayerReport(
-            name=layer.name,
-            shape=(rows, columns),
-            asked=self.method.patterns[layer.name].sparsity,
-            sparsity=int((~mask).sum()) / mask.numel(),
-            error=measured[0],
-            error_refined=measured[1],
-            error_updated=None if updated is None else measured[2],
-            swaps=round(swaps),
-            tokens=0 if statistics.input is None else int(statistics.input.tokens),
-            seconds=part.seconds,
-        )
-        record = Record(report, mask, updated, part.order)
-        self._change(layer, record)
-        if self.journal is not None:
-            self.journal.add(layer, record)
-
-    def _change(self, layer: Layer, record: Record) -> None:
-        """Change the weight, and report."""
-        mask, weight = record.mask, record.weight
-        change = partial(layer.apply_, mask) if weight is None else partial(layer.write_, weight)
-        change()
-        if self.residence is not None:
-            self.residence.changed(layer.module, change)
-        if self.residence is None or self.residence.readable:
-            self.result.masks[layer.name] = mask.cpu()
-        if record.order is not None:
-            self.result.permutations[layer.name] = record.order.cpu()
-        self.result.layers.append(record.report)
-        if self.progress is not None:
-            self.progress(record.report, len(self.result.layers), len(self.layers))
-
-    def _statistics(self, layer: Layer) -> Statistics:
-        if self.recorder is None:
-            return Statistics(layer=layer.name)
-        return self.recorder.statistics(layer.name)
+    def check_ranks(self) -> None:
+        """Check that all ranks hold the same weights, where each of them holds full ones."""
+        weights = [x.parameter for x in self.plan.layers if not is_dtensor(x.parameter)]
+        if weights and self.calibration.placement.always_loaded:
+            self.calibration.communicator.assert_identical_weights(weights)
 
     @contextmanager
-    def saying_what_is_done(self) -> Iterator[None]:
-        """Turn an error in mid-run into one that says that the model is half-pruned."""
+    def error_context(self) -> Iterator[None]:
+        """Wrap errors raised after the first layer was pruned in ``PruningError``."""
         try:
             yield
         except Exception as error:
-            done, total = len(self.result.layers), len(self.layers)
+            done, total = len(self.result.layers), len(self.plan.layers)
             if done == 0:
                 raise
-            again = "before using it"
+            advice = "before using it"
             if self.journal is not None:
-                again = f"and start the same run again: {self.journal.folder} has what is finished"
+                advice = f"and start the same run again: {self.journal.folder} has finished blocks"
             raise PruningError(
                 f"pruning stopped after {done} of {total} layers: {error}. The model in memory is "
-                f"part sparse, part dense; load it again {again}"
+                f"partly sparse and partly dense; load it again {advice}"
             ) from error
 
+    def _prune_during_forward(self, recorder: Recorder) -> None:
+        order = self.plan.method.calibration_order
+        finished: list[Layer] = []
+        if order != "dense":  # there the forward has to see the dense weights
+            finished = [layer for layer in self.plan.layers if self._is_recorded([layer])]
+        forward = SuspendedForward(
+            self.calibration,
+            [layer for layer in self.plan.layers if layer not in finished],
+            recorder,
+            self.prune,
+            order,
+            restore=self._restore_modules if finished else None,
+            restored=finished,
+        )
+        forward.run()
+        pruned = {report.name for report in self.result.layers}
+        unreached = [layer.name for layer in self.plan.layers if layer.name not in pruned]
+        if not pruned:
+            raise ValueError(
+                f"none of the {len(unreached)} prunable layers, such as {unreached[0]}, was "
+                f"called during calibration: does `forward` run this model?"
+            )
+        self.result.unreached.extend(unreached)
+        _warn_about(unreached, "no calibration batch reached these layers, which are still dense")
+        _warn_about(
+            sorted(forward.called_after_pruning),
+            "these layers were called again after they had been pruned, and those calls were not "
+            "measured (use calibration_order='dense' to measure every call)",
+        )
 
-def _figures(
-    weight: Tensor, first: Tensor, mask: Tensor, updated: Tensor | None, statistics: Statistics
-) -> Tensor:
-    """Sums over rows: squared output, squared errors (first, refined, updated), swaps; float64."""
-    swaps = int((mask & ~first).sum())
-    errors = [0.0] * 4
-    if statistics.input is not None:
-        # a product, since masked_fill takes five times as long on a CPU
-        deltas = [weight, weight * ~first]
-        if mask is not first:
-            deltas.append(weight * ~mask)
-        sums = [float(statistics.squared_error(delta).sum()) for delta in deltas]
-        errors[:3] = [*sums, sums[-1]][:3]
-        if updated is not None:
-            errors[3] = float(statistics.squared_error(weight - updated).sum())
-    return torch.tensor([*errors, swaps], dtype=torch.float64)
+    def _is_recorded(self, layers: Sequence[Layer]) -> bool:
+        return self.journal is not None and all(self.journal.is_finished(x.name) for x in layers)
+
+    def _restore(self, layers: Iterable[Layer]) -> None:
+        """Apply the recorded masks and weights of finished layers."""
+        for layer in layers:
+            assert self.journal is not None
+            self._commit(layer, self.journal.read(layer))
+
+    def _restore_modules(self, modules: set[nn.Module]) -> None:
+        """Restore the finished layers among modules that have just been loaded."""
+        self._restore(
+            layer
+            for layer in self.plan.layers
+            if layer.module in modules and self._is_recorded([layer])
+        )
+
+    def _statistics(self, layer: Layer) -> Statistics:
+        if self._recorder is None:
+            return Statistics(layer=layer.name)
+        return self._recorder.statistics(layer.name)
+
+    def _prune_group(self, layers: Sequence[Layer]) -> None:
+        """Prune layers that compete with one another."""
+        statistics = [self._statistics(layer) for layer in layers]
+        weights = [layer.matrix() for layer in layers]
+        slices: list[RowSlice] = []
+        error = None
+        try:
+            slices = list(self._rows.compute(layers, weights, statistics))
+        except Exception as raised:  # reported to the other ranks; every rank raises
+            error = raised
+        # `weights` may be views of the parameters, which _finish changes: not used below
+        for i, layer in enumerate(layers):
+            self._finish(layer, None if error else slices[i], error, statistics[i])
+
+    def _finish(
+        self,
+        layer: Layer,
+        part: RowSlice | None,
+        error: Exception | None,
+        statistics: Statistics,
+    ) -> None:
+        """Gather the rows of all ranks, write the result into the model, and record it."""
+        rows, columns = layer.shape
+        communicator = self.calibration.communicator
+        mask, sums = communicator.gather_masks(
+            (rows, columns),
+            slice(0) if part is None else part.rows,
+            None if part is None else part.mask,
+            torch.zeros(NUM_SUMS, dtype=torch.float64) if part is None else part.sums,
+            error,
+        )
+        assert part is not None
+        weight = part.weight
+        if weight is not None:
+            weight = communicator.gather_rows(weight, part.rows, rows)
+        if part.channel_order is not None:
+            inverse = part.channel_order.argsort()
+            mask = mask[:, inverse]
+            weight = None if weight is None else weight[:, inverse]
+        report = self._report(layer, mask, sums, weight is not None, statistics, part.seconds)
+        record = LayerRecord(report, mask, weight, part.channel_order)
+        self._commit(layer, record)
+        if self.journal is not None:
+            self.journal.add(layer, record)
+
+    def _report(
+        self,
+        layer: Layer,
+        mask: Tensor,
+        sums: Tensor,
+        updated: bool,
+        statistics: Statistics,
+        seconds: float,
+    ) -> LayerReport:
+        rows, columns = mask.shape
+        output, *errors, swaps = sums.tolist()
+        measured = statistics.input is not None
+        relative = [error / max(output, 1e-30) if measured else None for error in errors]
+        return LayerReport(
+            name=layer.name,
+            shape=(rows, columns),
+            target_sparsity=self.plan.patterns[layer.name].sparsity,
+            sparsity=int((~mask).sum()) / mask.numel(),
+            error=relative[0],
+            error_refined=relative[1],
+            error_updated=relative[2] if updated else None,
+            swaps=round(swaps),
+            tokens=0 if statistics.input is None else int(statistics.input.tokens),
+            seconds=seconds,
+        )
+
+    def _commit(self, layer: Layer, record: LayerRecord) -> None:
+        """Write a record into the model, and add it to the result."""
+        if record.weight is None:
+            change = partial(layer.mask_, record.mask)
+        else:
+            change = partial(layer.copy_, record.weight)
+        change()
+        self.calibration.placement.record_change(layer.module, change)
+        self.result.masks.add(layer.name, record.mask)
+        if record.channel_order is not None:
+            self.result.permutations[layer.name] = record.channel_order.cpu()
+        self.result.layers.append(record.report)
+        for hook in self.hooks:
+            hook.on_layer_pruned(record.report, record.mask)
 
 
-def _warn_of(names: Sequence[str], what: str) -> None:
+def _warn_about(names: Sequence[str], message: str) -> None:
     if names:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        warnings.warn(f"{what}: {shown}", PruningWarning, stacklevel=4)
+        warnings.warn(f"{message}: {shown}", PruningWarning, stacklevel=4)

@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: statistics, scores, patterns and refiners."""
+"""Pruning methods as functions of tensors: statistics, scores, patterns, refiners, updates."""

@@ -1,4 +1,4 @@
-"""Allocations: how the sparsity asked for is divided among layers."""
+"""Allocations: divide one target sparsity among layers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from symprune_lightning.functional.patterns import Unstructured
 from symprune_lightning.functional.statistics import Need, Statistics
 
-MOST = 0.99
-"""No layer is pruned further than this by an allocation."""
+MAX_SPARSITY = 0.99
+"""Upper bound on the sparsity that an allocation assigns to a layer."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """What an allocation may know of a layer.
+class LayerInfo:
+    """Per-layer information available to an allocation.
 
     Attributes:
-        name: The layer's name.
-        groups: How many groups of weights it has, each with the layer's sparsity.
-        group_size: Weights in a group.
-        block: Index of its decoder block, in order.
-        depth: 0 in the first block, 1 in the last.
-        measured: What the allocation's ``measure`` made of it.
+        name: Layer name.
+        groups: Number of groups of weights; each is pruned to the layer's sparsity.
+        group_size: Weights per group.
+        block: Index of the decoder block.
+        depth: Relative position of the block, 0 for the first and 1 for the last.
+        metric: Result of the allocation's ``layer_metric``.
     """
 
     name: str
@@ -34,81 +34,113 @@ class Share:
     group_size: int
     block: int
     depth: float
-    measured: Any = None
+    metric: Any = None
 
     @property
-    def weights(self) -> int:
-        """How many weights the layer has."""
+    def num_weights(self) -> int:
+        """Number of weights of the layer."""
         return self.groups * self.group_size
 
-    def zeros(self, sparsity: float) -> int:
-        """How many of them are pruned at a sparsity, which each group rounds down."""
-        return self.groups * Unstructured(sparsity).pruned(self.group_size)
+    def num_pruned(self, sparsity: float) -> int:
+        """Return the number of weights pruned at a sparsity, rounded down in each group."""
+        return self.groups * Unstructured(sparsity).num_pruned(self.group_size)
 
 
-class Allocation(ABC):
+class AllocationMethod(ABC):  # noqa: B024
+    """Common base of `Allocation` and `Search`, for the registry only.
+
+    Users select either with the same argument, ``allocation=``, so names of both are looked up
+    among the subclasses of this class. They share no behaviour: an allocation computes
+    sparsities, while a search has the engine prune the model with each of several allocations.
+    """
+
+    reference_url: ClassVar[str] = ""
+    """Address of the paper, empty without one."""
+
+
+class Allocation(AllocationMethod):
     """Base class of all allocations."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """Statistics of the dense model; any cost one more forward, before pruning."""
+    """Statistics of the dense model; if there are any, pruning takes one more forward pass."""
 
-    def __call__(self, shares: Sequence[Share], sparsity: float) -> dict[str, float]:
-        """Sparsity of each layer, such that as many weights are pruned as without an allocation.
+    def __call__(self, layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float]:
+        """Return the sparsity of each layer.
 
-        Every group rounds its zeros down, and the levels are found with that in mind: the total is
-        what ``sparsity`` in every layer would give, or above it by one weight of each group in some
-        layers.
+        The number of pruned weights is that of the same `sparsity` in every layer or slightly
+        above: since every group rounds down, the closest total above may exceed it by one weight
+        per group in some layers.
 
         Args:
-            shares: The layers.
-            sparsity: Fraction of zeros over all their weights.
+            layers: The layers, at least one.
+            sparsity: Fraction of zeros over the weights of all layers, at most 0.99.
+
+        Returns:
+            Layer name to sparsity, between 0 and 0.99.
 
         Raises:
-            ValueError: The total can't be met with every layer below 0.99.
+            ValueError: `sparsity` is above 0.99.
         """
-        if sparsity > MOST:
-            raise ValueError(f"sparsity {sparsity} leaves an allocation nothing to divide")
-        levels = _shifted(self.divide(shares, sparsity), shares, sparsity)
-        return {share.name: level for share, level in zip(shares, levels, strict=True)}
+        if sparsity > MAX_SPARSITY:
+            raise ValueError(
+                f"sparsity is {sparsity}; an allocation needs at most {MAX_SPARSITY} to have "
+                f"weights to divide"
+            )
+        sparsities = _shifted(self.layer_sparsities(layers, sparsity), layers, sparsity)
+        return {layer.name: s for layer, s in zip(layers, sparsities, strict=True)}
 
-    def measure(self, weight: Tensor, statistics: Statistics) -> Any:
-        """What `divide` has to know of a dense layer; nothing, unless an allocation says.
+    def layer_metric(self, weight: Tensor, statistics: Statistics) -> Any:
+        """Measure a dense layer; the result is `LayerInfo.metric` in ``layer_sparsities``.
 
         Args:
-            weight: Dense ``W``, ``(out_features, in_features)``.
-            statistics: Of the dense model, with everything in ``needs``.
+            weight: Dense ``W``, ``(out_features, in_features)``. Not modified.
+            statistics: Statistics of the dense model, with everything in ``needs``.
+
+        Returns:
+            Any value that pickles; ``None`` unless overridden.
         """
         return None
 
-    def choices(self) -> Sequence[Allocation]:
-        """What is tried out to find the best: itself alone, but for `Search`."""
-        return (self,)
-
     @abstractmethod
-    def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
-        """Sparsity wanted for each layer; all are then shifted alike to meet the total."""
+    def layer_sparsities(self, layers: Sequence[LayerInfo], sparsity: float) -> list[float]:
+        """Return the desired sparsity of each layer.
+
+        ``__call__`` shifts all of them by one constant to meet the total, so only the differences
+        matter, and clamps them.
+        """
 
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """The same sparsity everywhere."""
+    """The same sparsity in every layer.
 
-    def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
+    Examples:
+        >>> layers = [LayerInfo(str(i), 8, 100, block=i, depth=i / 2) for i in range(3)]
+        >>> {name: round(s, 3) for name, s in Uniform()(layers, 0.5).items()}
+        {'0': 0.5, '1': 0.5, '2': 0.5}
+    """
+
+    def layer_sparsities(self, layers: Sequence[LayerInfo], sparsity: float) -> list[float]:
         """See `Allocation`."""
-        return [sparsity] * len(shares)
+        return [sparsity] * len(layers)
 
 
 @dataclass(frozen=True)
 class Progression(Allocation):
     """Arithmetic progression over depth, ``s − slope/2`` in the first block to ``s + slope/2``.
 
-    Errors made early pass through all later layers, so early blocks are spared.
+    Errors made early propagate through all later layers, so early blocks are pruned less.
 
     Attributes:
-        slope: How much sparser the last block is than the first.
+        slope: Sparsity of the last block minus sparsity of the first, between −1 and 1.
 
     Raises:
-        ValueError: The slope is not between −1 and 1.
+        ValueError: The slope is out of range.
+
+    Examples:
+        >>> layers = [LayerInfo(str(i), 8, 100, block=i, depth=i / 2) for i in range(3)]
+        >>> {name: round(s, 3) for name, s in Progression()(layers, 0.5).items()}
+        {'0': 0.4, '1': 0.5, '2': 0.6}
     """
 
     slope: float = 0.2
@@ -117,93 +149,103 @@ class Progression(Allocation):
         if not -1 < self.slope < 1:
             raise ValueError(f"slope is {self.slope}; it must be between -1 and 1")
 
-    def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
+    def layer_sparsities(self, layers: Sequence[LayerInfo], sparsity: float) -> list[float]:
         """See `Allocation`."""
-        return [sparsity + self.slope * (share.depth - 0.5) for share in shares]
-
-
-@dataclass(frozen=True)
-class Search(Allocation):
-    """The best of several allocations, by a short search on the calibration data.
-
-    The model is pruned with each by score alone (no refiner, no update), and the one is taken that
-    changes the last hidden states least; ``PruneResult.trials`` says what was found. Costs two
-    forwards for each and a copy of the weights.
-
-    Attributes:
-        candidates: What to try.
-
-    Raises:
-        ValueError: There are none.
-    """
-
-    candidates: tuple[Allocation, ...] = tuple(Progression(s) for s in (0.0, 0.1, 0.2, 0.3))
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "candidates", tuple(self.candidates))  # a list from YAML
-        if not self.candidates:
-            raise ValueError("Search needs at least one allocation to try")
-
-    def choices(self) -> Sequence[Allocation]:
-        """See `Allocation`."""
-        return self.candidates
-
-    def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
-        """See `Allocation`; with nothing to go by, that is the first."""
-        return self.candidates[0].divide(shares, sparsity)
+        return [sparsity + self.slope * (layer.depth - 0.5) for layer in layers]
 
 
 @dataclass(frozen=True)
 class OWL(Allocation):
     """Outlier-weighed layerwise sparsity: Yin et al., arXiv 2310.05175.
 
-    Blocks with more outliers (weights whose Wanda score is over ``m`` times their layer's mean) are
-    pruned less, by up to ``λ`` from the mean.
+    Blocks with a higher ratio of outliers are pruned less. An outlier is a weight whose Wanda score
+    is more than ``M`` times the mean score of its layer.
 
     Attributes:
-        lamda: ``λ``, the most that a block's sparsity differs from the mean.
-        m: What counts as an outlier.
+        max_deviation: ``λ``, maximum difference between a block's sparsity and the mean. 0.08 as in
+            the paper.
+        outlier_threshold: ``M``, multiple of a layer's mean score above which a weight is an
+            outlier. 5 as in the paper.
+
+    Examples:
+        >>> layers = [LayerInfo(str(i), 8, 100, block=i, depth=i, metric=9 * i) for i in range(2)]
+        >>> {name: round(s, 3) for name, s in OWL()(layers, 0.5).items()}
+        {'0': 0.58, '1': 0.42}
     """
 
-    lamda: float = 0.08
-    m: float = 5.0
+    max_deviation: float = 0.08
+    outlier_threshold: float = 5.0
     needs: ClassVar[frozenset[Need]] = frozenset({"input"})
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2310.05175"
 
-    def measure(self, weight: Tensor, statistics: Statistics) -> int:
-        """How many outliers the layer has."""
+    def layer_metric(self, weight: Tensor, statistics: Statistics) -> int:
+        """Return the number of outliers of the layer."""
         score = weight.abs() * statistics.input_moments.norm.to(weight.dtype)
-        return int((score > self.m * score.mean()).sum())
+        return int((score > self.outlier_threshold * score.mean()).sum())
 
-    def divide(self, shares: Sequence[Share], sparsity: float) -> list[float]:
+    def layer_sparsities(self, layers: Sequence[LayerInfo], sparsity: float) -> list[float]:
         """See `Allocation`."""
-        counts: dict[int, list[int]] = {}
-        for share in shares:
-            count = counts.setdefault(share.block, [0, 0])
-            count[0] += share.measured
-            count[1] += share.weights
-        ratios = {block: outliers / total for block, (outliers, total) in counts.items()}
-        least, most = min(ratios.values()), max(ratios.values())
-        if most == least:
-            return [sparsity] * len(shares)
-        spread = {b: 2 * self.lamda * (r - least) / (most - least) for b, r in ratios.items()}
-        middle = sum(spread.values()) / len(spread)
-        return [sparsity - (spread[share.block] - middle) for share in shares]
+        outliers: dict[int, int] = {}
+        weights: dict[int, int] = {}
+        for layer in layers:
+            outliers[layer.block] = outliers.get(layer.block, 0) + layer.metric
+            weights[layer.block] = weights.get(layer.block, 0) + layer.num_weights
+        ratios = {block: count / weights[block] for block, count in outliers.items()}
+        lowest, highest = min(ratios.values()), max(ratios.values())
+        if highest == lowest:
+            return [sparsity] * len(layers)
+        scale = 2 * self.max_deviation
+        spread = {b: scale * (r - lowest) / (highest - lowest) for b, r in ratios.items()}
+        mean = sum(spread.values()) / len(spread)
+        return [sparsity - (spread[layer.block] - mean) for layer in layers]
 
 
-def _shifted(wanted: Sequence[float], shares: Sequence[Share], sparsity: float) -> list[float]:
-    """``wanted`` plus the least constant, within [0, 0.99], that prunes as much as ``sparsity``."""
+@dataclass(frozen=True)
+class Search(AllocationMethod):
+    """The best of several allocations, by a short search on the calibration data.
 
-    def zeros(levels: Sequence[float]) -> int:
-        return sum(share.zeros(level) for share, level in zip(shares, levels, strict=True))
+    The model is pruned with each candidate by score alone (no refiner, no update), and the
+    candidate that changes the last hidden states least is used; ``PruneResult.trials`` has the
+    errors of all. The search takes two forward passes per candidate and a copy of the weights.
+
+    Attributes:
+        candidates: Allocations to try, by default progressions with slope 0, 0.1, 0.2 and 0.3.
+
+    Raises:
+        ValueError: There is no candidate.
+        TypeError: A candidate is not an `Allocation`.
+    """
+
+    candidates: tuple[Allocation, ...] = tuple(Progression(s) for s in (0.0, 0.1, 0.2, 0.3))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "candidates", tuple(self.candidates))  # YAML gives a list
+        if not self.candidates:
+            raise ValueError("Search needs at least one allocation to try")
+        for candidate in self.candidates:
+            if not isinstance(candidate, Allocation):
+                raise TypeError(f"Search tries allocations, and {candidate!r} is none")
+
+
+def _shifted(desired: Sequence[float], layers: Sequence[LayerInfo], sparsity: float) -> list[float]:
+    """Add the smallest constant to `desired`, within [0, 0.99], that prunes enough weights.
+
+    Enough is the number of weights that `sparsity` in every layer prunes.
+    """
+
+    def num_pruned(sparsities: Sequence[float]) -> int:
+        return sum(layer.num_pruned(s) for layer, s in zip(layers, sparsities, strict=True))
 
     def shifted(constant: float) -> list[float]:
-        return [min(max(level + constant, 0.0), MOST) for level in wanted]
+        return [min(max(s + constant, 0.0), MAX_SPARSITY) for s in desired]
 
-    least = zeros([sparsity] * len(shares))
+    # The total is a step function of the constant (groups round down, and layers are clamped), so
+    # there is no closed form; 60 bisections reach the resolution of a float.
+    target = num_pruned([sparsity] * len(layers))
     low, high = -2.0, 2.0
     for _ in range(60):
         middle = (low + high) / 2
-        if zeros(shifted(middle)) < least:
+        if num_pruned(shifted(middle)) < target:
             low = middle
         else:
             high = middle

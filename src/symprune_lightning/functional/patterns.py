@@ -1,7 +1,7 @@
-"""Patterns: where weights compete, and how many of each group survive.
+"""Patterns: which weights compete with each other, and how many of each group are kept.
 
-A pattern is a budget. Everything that depends on it (the mask, the accounting, the range within
-which a refiner may swap) follows from its groups and from the number pruned in each.
+A pattern is a budget. The mask, the number of zeros and the window within which a refiner may swap
+all follow from its groups and from the number of weights pruned in each.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Group = Literal["output", "input", "layer", "block", "model"]
-"""Who competes: the weights of one output channel, of one input channel, of the whole layer, of all
+"""Comparison group: the weights of one output channel, of one input channel, of one layer, of all
 layers of a decoder block, or of all layers."""
 
 
@@ -24,13 +24,18 @@ class Pattern(ABC):
     """Base class of all patterns."""
 
     sparsity: float
+    """Target fraction of zeros, in ``[0, 1)``."""
 
     group: Group = "output"
-    """The widest that competes: an N:M group lies within the weights of one output channel."""
+    """Smallest comparison group that contains a group of the pattern: ``"output"`` for N:M, whose
+    groups lie within one row."""
+
+    reference_url: ClassVar[str] = ""
+    """Address of the paper, empty without one."""
 
     @abstractmethod
     def check(self, shape: torch.Size) -> None:
-        """Raise ``ValueError`` if a weight of this shape can't have the pattern."""
+        """Raise ``ValueError`` if a weight of this shape cannot have the pattern."""
 
     @abstractmethod
     def groups(self, x: Tensor) -> Tensor:
@@ -38,27 +43,28 @@ class Pattern(ABC):
 
     @abstractmethod
     def ungroup(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """Undo ``groups``: back to ``shape``."""
+        """Invert `groups`: arrange ``(groups, group_size)`` as ``shape``."""
 
     @abstractmethod
-    def pruned(self, group_size: int) -> int:
-        """How many weights of a group are pruned."""
+    def num_pruned(self, group_size: int) -> int:
+        """Return the number of weights that are pruned in a group."""
 
     @abstractmethod
-    def span(self) -> int | None:
-        """How many consecutive inputs a swap must stay within to keep every group's budget.
+    def swap_window(self) -> int | None:
+        """Return the window of consecutive inputs within which swaps keep every group's budget.
 
-        ``None`` is the whole row.
+        Returns:
+            Number of inputs, or ``None`` for the whole row.
 
         Raises:
-            ValueError: No swap inside a row keeps it.
+            ValueError: Swaps within a row break the budget.
         """
 
     def mask(self, score: Tensor) -> Tensor:
         """Keep the weights with the highest scores in each group.
 
-        Ties: the weight that comes first in its group is pruned first (in a row, the one with the
-        smaller column index), as a stable ascending sort would do.
+        Ties: the weight that comes first in its group is pruned first (within a row, the one with
+        the smaller column index), as with a stable ascending sort.
 
         Args:
             score: Shape ``(out_features, in_features)``, no NaN.
@@ -67,7 +73,7 @@ class Pattern(ABC):
             Bool mask of the same shape, True = kept.
 
         Raises:
-            ValueError: The shape can't have this pattern.
+            ValueError: The shape cannot have this pattern.
 
         Examples:
             >>> score = torch.tensor([[1.0, 4.0, 2.0, 3.0], [9.0, 9.0, 9.0, 9.0]])
@@ -78,7 +84,7 @@ class Pattern(ABC):
         """
         self.check(score.shape)
         grouped = self.groups(score)
-        kept = keep_highest(grouped, self.pruned(grouped.shape[1]))
+        kept = keep_highest(grouped, self.num_pruned(grouped.shape[1]))
         return self.ungroup(kept, score.shape)
 
 
@@ -87,11 +93,11 @@ class Unstructured(Pattern):
     """``floor(group_size · sparsity)`` weights are pruned in each group.
 
     Attributes:
-        sparsity: Fraction of zeros asked for, in ``[0, 1)``. A group whose size the fraction does
-            not divide gets a little less: 0.7 of 32 is 22, that is 0.6875.
-        group: ``"output"`` (each row on its own, the default, as Wanda does), ``"input"`` (each
-            column), ``"layer"`` (the whole matrix), ``"block"`` or ``"model"`` (the matrices of a
-            decoder block or of all layers together; the engine lays them side by side).
+        sparsity: Target fraction of zeros, in ``[0, 1)``. The realised fraction is lower where
+            the group size is not a multiple: 0.7 of 32 is rounded down to 22, a fraction of 0.6875.
+        group: ``"output"`` (each row, the default, as in Wanda), ``"input"`` (each column),
+            ``"layer"`` (the whole matrix), ``"block"`` or ``"model"`` (the matrices of a decoder
+            block or of all layers, which the engine concatenates).
 
     Raises:
         ValueError: The sparsity is out of range or the group unknown.
@@ -110,7 +116,7 @@ class Unstructured(Pattern):
             raise ValueError(f"group is {self.group!r}; choose one of {', '.join(get_args(Group))}")
 
     def check(self, shape: torch.Size) -> None:
-        """Any shape will do."""
+        """Accept any shape."""
 
     def groups(self, x: Tensor) -> Tensor:
         """See `Pattern`."""
@@ -122,16 +128,16 @@ class Unstructured(Pattern):
         """See `Pattern`."""
         return x.T.contiguous() if self.group == "input" else x.reshape(shape)
 
-    def pruned(self, group_size: int) -> int:
+    def num_pruned(self, group_size: int) -> int:
         """See `Pattern`."""
-        # the guard is for products such as 100 · 0.29 = 28.999999999999996
+        # the tolerance is for products such as 100 · 0.29 = 28.999999999999996
         return math.floor(group_size * self.sparsity + 1e-9)
 
-    def span(self) -> int | None:
+    def swap_window(self) -> int | None:
         """See `Pattern`."""
         if self.group == "input":
             raise ValueError(
-                "refiners swap weights inside rows, which breaks the budget of group 'input'; use "
+                "refiners swap weights within rows, which breaks the budget of group 'input'; use "
                 "group 'output' or 'layer', or refine=None"
             )
         return None
@@ -141,12 +147,14 @@ class Unstructured(Pattern):
 class NM(Pattern):
     """N:M: of every ``m`` consecutive inputs of a row, ``n`` are **kept** ("2:4" keeps 2 of 4).
 
+    Mishra et al., arXiv 2104.08378, describe the hardware support for 2:4.
+
     Attributes:
         n: Weights kept in each group.
         m: Size of a group along the input dimension.
-        permute: Let the engine look for an order of the inputs in which the pattern keeps more
-            score (see ``channel_permutation``). The mask is in the model's own order; in the order
-            that ``PruneResult.permutations`` gives, it is N:M.
+        permute: Search for an order of the inputs in which the pattern keeps more score (see
+            ``channel_permutation``). The mask is in the model's original order; with its columns
+            in the order of ``PruneResult.permutations``, it is N:M.
 
     Raises:
         ValueError: Not ``0 < n < m``.
@@ -159,6 +167,7 @@ class NM(Pattern):
     n: int
     m: int
     permute: bool = False
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2104.08378"
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
@@ -180,7 +189,7 @@ class NM(Pattern):
         """See `Pattern`."""
         return x.reshape(shape)
 
-    def pruned(self, group_size: int) -> int:
+    def num_pruned(self, group_size: int) -> int:
         """See `Pattern`."""
         return self.m - self.n
 
@@ -189,28 +198,28 @@ class NM(Pattern):
         """Fraction of zeros."""
         return 1 - self.n / self.m
 
-    def span(self) -> int | None:
+    def swap_window(self) -> int | None:
         """See `Pattern`."""
         return self.m
 
 
-def pattern_of(
+def resolve_pattern(
     pattern: Pattern | str | None, *, sparsity: float = 0.5, group: Group = "output"
 ) -> Pattern:
-    """The pattern that was asked for: ``pattern`` if given, else unstructured.
+    """Return `pattern` as an instance, or an unstructured pattern if it is ``None``.
 
     Args:
         pattern: A pattern, a string such as ``"2:4"``, or ``None``.
-        sparsity: Used when ``pattern`` is ``None``.
-        group: Used when ``pattern`` is ``None``.
+        sparsity: Sparsity of the unstructured pattern.
+        group: Comparison group of the unstructured pattern.
 
     Raises:
         ValueError: The string is not of the form ``"N:M"``, or a value is out of range.
 
     Examples:
-        >>> pattern_of("2:4")
+        >>> resolve_pattern("2:4")
         NM(n=2, m=4, permute=False)
-        >>> pattern_of(None, sparsity=0.6)
+        >>> resolve_pattern(None, sparsity=0.6)
         Unstructured(sparsity=0.6, group='output')
     """
     if pattern is None:
@@ -224,12 +233,24 @@ def pattern_of(
 
 
 def keep_highest(score: Tensor, pruned: int) -> Tensor:
-    """Mask of all but the ``pruned`` lowest of each row; among equals the first are pruned."""
+    """Return the mask of all but the lowest scores of each row, True = kept.
+
+    Ties: the first of equal scores are pruned.
+
+    Args:
+        score: ``(rows, columns)``, no NaN.
+        pruned: Number of scores to prune per row, below the number of columns.
+
+    Examples:
+        >>> keep_highest(torch.tensor([[2.0, 1.0, 1.0]]), 1).tolist()
+        [[True, False, True]]
+    """
     if pruned == 0:
         return torch.ones_like(score, dtype=torch.bool)
     threshold = score.kthvalue(pruned, dim=1, keepdim=True).values
     kept = score > threshold
-    # rows where the threshold itself occurs again, past the budget: keep the last of the equals
+    # `kthvalue` is several times faster than a stable sort, but a threshold that occurs more than
+    # once leaves too few weights: in those rows, keep the last of the equal scores.
     missing = score.shape[1] - pruned - kept.count_nonzero(1)
     tied = missing.nonzero()[:, 0]
     if len(tied):

@@ -1,9 +1,11 @@
-"""Scores: how important each weight is. Higher is kept.
+"""Scores: the importance of each weight. Weights with higher scores are kept.
 
 A score is a frozen dataclass that maps a weight ``W`` of shape ``(out_features, in_features)`` and
 the layer's [`Statistics`][symprune_lightning.functional.statistics.Statistics] to a tensor of the
-same shape. It declares in ``needs`` what has to be collected. A new score is one subclass, here or
-in your own package; its name then works as a string too.
+same shape. It declares the statistics that it requires in ``needs``. A new score is one subclass,
+in this package or any other, and can be selected by its class name.
+
+Longer than 300 lines to keep all scores side by side.
 """
 
 from __future__ import annotations
@@ -23,32 +25,37 @@ class Score(ABC):
     """Base class of all scores."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """The statistics that the engine has to collect for this score."""
+    """Statistics that the engine collects for this score."""
 
     scales_rows_only: ClassVar[bool] = False
-    """Whether what the score knows beyond ``|W|`` is the same for a whole row."""
+    """True if the score differs from ``|W|`` only by a factor per row."""
+
+    reference_url: ClassVar[str] = ""
+    """Address of the paper, empty without one."""
 
     @abstractmethod
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """Score every weight.
 
         Args:
-            weight: ``W``, shape ``(out_features, in_features)``, float32 or float64.
-            statistics: What was measured of the layer, with everything in ``needs``.
+            weight: ``W``, ``(out_features, in_features)``, float32 or float64. Not modified.
+            statistics: Statistics of the layer, with everything in ``needs``.
 
         Returns:
-            ``S``, same shape and dtype; a weight with a higher score is kept longer.
+            ``S``, same shape and dtype, finite and at least 0.
         """
 
 
 @dataclass(frozen=True)
 class Magnitude(Score):
-    """``S = |W|``. Needs no data.
+    """``S = |W|``: Han et al., arXiv 1506.02626. Needs no data.
 
     Examples:
         >>> Magnitude()(torch.tensor([[-2.0, 1.0]]), Statistics()).tolist()
         [[2.0, 1.0]]
     """
+
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/1506.02626"
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """See `Score`."""
@@ -59,7 +66,7 @@ class Magnitude(Score):
 class Wanda(Score):
     """``S = |W| · ‖x_r‖``: Sun et al., arXiv 2306.11695, eq. 1.
 
-    The norm is per token, which the paper's is not; the order within a layer is the same.
+    The norm is per token, unlike in the paper; the ranking within a layer is the same.
 
     Examples:
         >>> from symprune_lightning.functional.statistics import Moments
@@ -69,6 +76,7 @@ class Wanda(Score):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"input"})
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2306.11695"
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """See `Score`."""
@@ -79,13 +87,15 @@ class Wanda(Score):
 class RI(Score):
     """``S = |W|/L1row_q + |W|/L1col_r``: relative importance, Zhang et al., ICLR 2024, eq. 3.
 
-    A weight counts relative to its row and to its column, so that no channel is emptied. Needs no
-    data.
+    Weights are compared relative to their row and column, which avoids pruning all weights of a
+    channel. Needs no data.
 
     Examples:
         >>> RI()(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), Statistics()).tolist()
         [[1.5, 0.75], [0.0, 1.75]]
     """
+
+    reference_url: ClassVar[str] = "https://openreview.net/forum?id=Tr0lPx9woF"
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """See `Score`."""
@@ -97,8 +107,8 @@ class RIA(Score):
     """``S = RI · ‖x_r‖^α``: relative importance and activations, Zhang et al., ICLR 2024, eq. 4.
 
     Attributes:
-        alpha: Exponent of the input norm. 0.5, the paper's choice, tempers outlier channels; 0 is
-            [`RI`][symprune_lightning.functional.scores.RI].
+        alpha: Exponent of the input norm. 0.5, the paper's choice, reduces the influence of outlier
+            channels; 0 is [`RI`][symprune_lightning.functional.scores.RI].
 
     Examples:
         >>> from symprune_lightning.functional.statistics import Moments
@@ -109,6 +119,7 @@ class RIA(Score):
 
     alpha: float = 0.5
     needs: ClassVar[frozenset[Need]] = frozenset({"input"})
+    reference_url: ClassVar[str] = "https://openreview.net/forum?id=Tr0lPx9woF"
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """See `Score`."""
@@ -118,12 +129,15 @@ class RIA(Score):
 
 @dataclass(frozen=True)
 class LpRIA(Score):
-    """``S = |W|·(1/Lprow_q + 1/Lpcol_r)·‖x_r‖^α``: RIA with another norm, arXiv 2501.18980.
+    """``S = |W|·(1/Lprow_q + 1/Lpcol_r)·‖x_r‖^α``: RIA with an Lp norm, arXiv 2501.18980.
+
+    Table 1 of the paper gives the score without activations (``α = 0``); ``α > 0`` is the paper's
+    transition from RI to RIA.
 
     Attributes:
-        p: The norm: 1 is [`RIA`][symprune_lightning.functional.scores.RIA]; 0 takes every norm as
-            1, which with α = 1 ranks as Wanda; ``inf`` is the largest magnitude.
-        alpha: Exponent of the input norm.
+        p: Order of the norm: 1 is [`RIA`][symprune_lightning.functional.scores.RIA]; 0 sets every
+            norm to 1, which with ``α = 1`` ranks as Wanda; ``inf`` is the maximum magnitude.
+        alpha: ``α``, exponent of the input norm. 0.5 as in RIA.
 
     Raises:
         ValueError: ``p`` is negative.
@@ -138,6 +152,7 @@ class LpRIA(Score):
     p: float = 2.0
     alpha: float = 0.5
     needs: ClassVar[frozenset[Need]] = frozenset({"input"})
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2501.18980"
 
     def __post_init__(self) -> None:
         if self.p < 0:
@@ -153,15 +168,17 @@ class LpRIA(Score):
 class StochRIA(Score):
     """RIA with row and column sums over a random sample: stochRIA, arXiv 2501.18980.
 
-    One set of columns is drawn for the row sums and one set of rows for the column sums, seeded
-    by the layer's name, so that a mask depends neither on the order of layers nor on processes.
+    One set of columns is drawn for all row sums and one set of rows for all column sums, seeded by
+    the layer's name, so that a mask depends neither on the order of layers nor on the number of
+    processes. Table 1 of the paper gives the score without activations (``α = 0``); ``α > 0`` is
+    the paper's transition from RI to RIA.
 
     Attributes:
-        tau: ``τ``, the share of a row or column that is sampled, in ``(0, 1]``. 0.1 as the paper.
-        alpha: Exponent of the input norm; 0 is the form of the paper's Table 1.
-        equal_count: Sample ``τ·min(in, out)`` of both, as the paper writes it, in place of
-            ``τ·in`` columns and ``τ·out`` rows, with which ``τ = 1`` is RIA.
-        seed: Another one draws another sample.
+        tau: ``τ``, fraction of a row or column that is sampled, in ``(0, 1]``. 0.1 as in the paper.
+        alpha: ``α``, exponent of the input norm. 0.5 as in RIA; with 0, no statistics are needed.
+        equal_count: Sample ``τ·min(in, out)`` columns and rows, as the paper writes it, instead of
+            ``τ·in`` columns and ``τ·out`` rows. Only the latter is RIA for ``τ = 1``.
+        seed: Seed of the sample, combined with the layer's name.
 
     Raises:
         ValueError: ``tau`` is out of range.
@@ -176,10 +193,11 @@ class StochRIA(Score):
     alpha: float = 0.5
     equal_count: bool = False
     seed: int = 0
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2501.18980"
 
     def __post_init__(self) -> None:
         if not 0 < self.tau <= 1:
-            raise ValueError(f"tau is {self.tau}; it is a share and must be above 0 and at most 1")
+            raise ValueError(f"tau is {self.tau}; it is a fraction, above 0 and at most 1")
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
@@ -198,7 +216,9 @@ class StochRIA(Score):
         return score * statistics.input_moments.norm.to(weight.dtype).pow(self.alpha)
 
     def _sample(self, shape: torch.Size, layer: str) -> tuple[Tensor, Tensor]:
-        """Sorted indices of the sampled rows and columns."""
+        """Return the sorted indices of the sampled rows and columns."""
+        # a generator of its own, since the global one depends on what ran before on this rank, and
+        # a hash of the name, since `hash` of a string differs between processes
         digest = hashlib.sha256(f"{self.seed}:{layer}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         base = (min(shape), min(shape)) if self.equal_count else shape
@@ -213,8 +233,9 @@ class StochRIA(Score):
 class OutputWanda(Score):
     """``S = |W| · ‖y_q‖``: the output side alone (OWanda, arXiv 2501.18980), ``y = x Wᵀ``.
 
-    ``‖y_q‖`` scales whole rows: with group ``"output"`` or N:M it decides nothing, and the mask is
-    that of `Magnitude`. Costs a second product of inputs and weights.
+    ``‖y_q‖`` scales whole rows: with group ``"output"`` or N:M it has no effect, and the mask is
+    that of [`Magnitude`][symprune_lightning.functional.scores.Magnitude]. Output statistics take a
+    second product of inputs and weights.
 
     Examples:
         >>> from symprune_lightning.functional.statistics import Moments
@@ -225,6 +246,7 @@ class OutputWanda(Score):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"output"})
     scales_rows_only: ClassVar[bool] = True
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2501.18980"
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """See `Score`."""
@@ -235,11 +257,13 @@ class OutputWanda(Score):
 class SymWanda(Score):
     """``S = |W| · (‖x_r‖ + β·‖y_q‖)``: the symmetric score of arXiv 2501.18980.
 
-    The paper leaves open what the output side is. **Our reading**: the dense layer's own output
-    ``y = x Wᵀ``, with ``‖y‖`` scaled to the mean of ``‖x‖``, so that ``β = 1`` weighs both alike.
+    The paper does not define the output side. **Our interpretation**: the dense layer's own output
+    ``y = x Wᵀ``, with ``‖y‖`` scaled to the mean of ``‖x‖``, so that ``β = 1`` gives both sides the
+    same weight.
 
     Attributes:
-        beta: ``β``, weight of the output side; 0 is Wanda.
+        beta: ``β``, weight of the output side, at least 0; 0 is
+            [`Wanda`][symprune_lightning.functional.scores.Wanda].
 
     Raises:
         ValueError: ``beta`` is negative.
@@ -254,6 +278,7 @@ class SymWanda(Score):
 
     beta: float = 1.0
     needs: ClassVar[frozenset[Need]] = frozenset({"input", "output"})
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2501.18980"
 
     def __post_init__(self) -> None:
         if self.beta < 0:
@@ -268,51 +293,64 @@ class SymWanda(Score):
 
 @dataclass(frozen=True)
 class Symmetric(Score):
-    """``S = |W| · (L2row_q + L2col_r)``: both sides from the weights, arXiv 2501.18980.
+    """``S = |W| · sqrt(L2row_q² + L2col_r²)``: both sides from the weights, arXiv 2501.18980.
+
+    The symmetric score with ``X = Y = Wᵀ``. Needs no data.
 
     Attributes:
-        form: ``"sum"``, or ``"rss"`` for the root of the sum of squares.
+        form: ``"rss"``, the root of the sum of squares that the paper's Table 1 gives, or ``"sum"``
+            for ``L2row_q + L2col_r``.
 
     Raises:
         ValueError: The form is unknown.
 
     Examples:
-        >>> Symmetric()(torch.tensor([[3.0, 4.0]]), Statistics()).tolist()
+        >>> Symmetric()(torch.tensor([[3.0, 4.0]]), Statistics())
+        tensor([[17.4929, 25.6125]])
+        >>> Symmetric(form="sum")(torch.tensor([[3.0, 4.0]]), Statistics()).tolist()
         [[24.0, 36.0]]
     """
 
-    form: Literal["sum", "rss"] = "sum"
+    form: Literal["rss", "sum"] = "rss"
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2501.18980"
 
     def __post_init__(self) -> None:
-        if self.form not in ("sum", "rss"):
-            raise ValueError(f"form is {self.form!r}; choose 'sum' or 'rss'")
+        if self.form not in ("rss", "sum"):
+            raise ValueError(f"form is {self.form!r}; choose 'rss' or 'sum'")
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """See `Score`."""
         row, column = weight.norm(dim=1, keepdim=True), weight.norm(dim=0, keepdim=True)
-        both = row + column if self.form == "sum" else torch.hypot(row, column)
-        return weight.abs() * both
+        norm = row + column if self.form == "sum" else torch.hypot(row, column)
+        return weight.abs() * norm
 
 
 @dataclass(frozen=True)
 class Diagonal(Score):
-    """``S = |W| · (a_r/L1row_q + b_q/L1col_r)`` for given vectors, arXiv 2501.18980.
+    """``S = |W| · (a_r/L1col_r + b_q/L1row_q)`` with fixed vectors, arXiv 2501.18980.
+
+    The symmetric score with ``X = diag(a_r/L1col_r)`` and ``Y = diag(b_q/L1row_q)``: the input side
+    depends on the input channel only, and the output side on the output channel only. Since the
+    vectors have the lengths of one layer's channels, it suits models whose layers all have the same
+    shape. Needs no data.
 
     Attributes:
-        a: One value per input channel; ``None`` for ones. With ones on both sides it is `RI`.
+        a: One value per input channel; ``None`` for ones. With ones on both sides the score is
+            [`RI`][symprune_lightning.functional.scores.RI].
         b: One value per output channel; ``None`` for ones.
 
     Raises:
-        ValueError: When called on a weight whose sides have other lengths.
+        ValueError: When called on a weight with another number of channels.
 
     Examples:
         >>> score = Diagonal(a=(2.0, 2.0))
         >>> score(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), Statistics()).tolist()
-        [[2.0, 1.25], [0.0, 2.75]]
+        [[2.5, 1.0], [0.0, 2.5]]
     """
 
     a: tuple[float, ...] | None = None
     b: tuple[float, ...] | None = None
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2501.18980"
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """See `Score`."""
@@ -321,18 +359,22 @@ class Diagonal(Score):
         a, b = _vector(self.a, columns, "a", weight), _vector(self.b, rows, "b", weight)
         per_row = _clamped(magnitude.sum(1, keepdim=True))
         per_column = _clamped(magnitude.sum(0, keepdim=True))
-        return magnitude / per_row * a + magnitude / per_column * b[:, None]
+        return magnitude / per_column * a + magnitude / per_row * b[:, None]
 
 
 def relative_importance(
     weight: Tensor, p: float = 1.0, column_norm: Tensor | None = None
 ) -> Tensor:
-    """``|W|/Lprow_q + |W|/Lpcol_r``, shape ``(out_features, in_features)``; 0 in an empty row.
+    """Return ``|W|/Lprow_q + |W|/Lpcol_r``; 0 in a row or column of zeros.
 
     Args:
-        weight: ``W``, or some of its rows if ``column_norm`` is given.
-        p: The norm; 0 takes it as 1.
+        weight: ``W``, ``(out_features, in_features)``, or a subset of its rows if ``column_norm``
+            is given.
+        p: Order of the norm; 0 sets all norms to 1.
         column_norm: Norm of each column of the whole layer, ``(in_features,)``.
+
+    Returns:
+        Same shape and dtype as `weight`.
     """
     magnitude = weight.abs()
     columns = _norm(magnitude, p, 0) if column_norm is None else _clamped(column_norm)
@@ -348,7 +390,7 @@ def _norm(magnitude: Tensor, p: float, dim: int) -> Tensor:
 
 
 def _clamped(divisor: Tensor) -> Tensor:
-    """``divisor`` away from zero, so far that dividing by it gives no infinity."""
+    """Bound a divisor away from zero so that dividing by it is finite."""
     smallest = divisor.max() * torch.finfo(divisor.dtype).eps
     return divisor.clamp_min(smallest).clamp_min(torch.finfo(divisor.dtype).tiny)
 

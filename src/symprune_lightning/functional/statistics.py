@@ -1,7 +1,7 @@
 """Statistics of a layer's activations: sums over tokens, so that merging is addition.
 
-Everything a score or a refiner may know about the data is here. All values are **per token**
-(means over tokens), so nothing downstream depends on how many tokens there were.
+These are all that a method may use of the calibration data. All values are **per token** (means
+over tokens), so that no score or threshold depends on the number of tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 Need = Literal["input", "output", "sequence_variance", "gram"]
-"""What a score or refiner may ask to be collected."""
+"""A statistic that a method requires: a field of `Statistics` that the engine collects."""
+
+CalibrationOrder = Literal["layer", "block", "dense"]
+"""Order of calibration and pruning.
+
+- ``"layer"``: layer-sequential calibration. One forward pass; each layer is pruned as soon as its
+  inputs are complete, so it sees inputs from pruned layers.
+- ``"block"``: block-sequential. Statistics are collected with the block dense, then the block runs
+  again; two forward passes, as in the reference implementations.
+- ``"dense"``: not sequential. All statistics are those of the dense model, from one forward pass.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,9 +52,12 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
-        """The moments of activations ``x`` of shape ``(..., tokens, channels)``.
+        """Compute the moments of activations.
 
-        Sums of one call are taken in float32 at least and returned as float64.
+        Sums are computed in float32 or wider and returned as float64.
+
+        Args:
+            x: Activations, ``(..., tokens, channels)``.
         """
         flat = at_least_float32(x.reshape(-1, x.shape[-1]))
         return cls(
@@ -61,7 +74,7 @@ class Moments:
         )
 
     def permuted(self, order: Tensor) -> Moments:
-        """The moments of the channels in another order."""
+        """Return the moments with channel ``order[i]`` at position ``i``."""
         return Moments(self.tokens, self.total[order], self.total_square[order])
 
     @cached_property
@@ -82,17 +95,17 @@ class Moments:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was measured of one layer; a field is ``None`` when nothing asked for it.
+    """Statistics of one layer; fields that no method needs are ``None``.
 
     Attributes:
-        layer: The layer's name, from which methods that draw random numbers seed themselves.
+        layer: Layer name, the seed of methods that draw random numbers.
         input: Moments of the layer's input, over ``in_features`` channels.
         output: Moments of the dense layer's output ``x Wᵀ``, over ``out_features`` channels.
-        sequence_variance: Token-weighted mean of each sequence's own population variance, shape
+        sequence_variance: Token-weighted mean of the population variance within each sequence,
             ``(in_features,)``. Only DSnoT's reference mode uses it.
         gram: ``G = E[x xᵀ]`` per token, ``(in_features, in_features)``, float64.
         column_sum: ``L1col_r = Σ_q |W[q,r]|`` over all rows of the dense layer, ``(in_features,)``,
-            for refiners, which may be given some of its rows. ``None``: they are given all.
+            for refiners that receive a subset of its rows; ``None`` if they receive all.
     """
 
     layer: str = ""
@@ -104,21 +117,28 @@ class Statistics:
 
     @property
     def input_moments(self) -> Moments:
-        """``input``, or a ``ValueError`` that says that it was not collected."""
+        """``input``; raises ``ValueError`` if it was not collected."""
         return _collected(self.input, "input", "Moments.of(x)")
 
     @property
     def output_moments(self) -> Moments:
-        """``output``, or a ``ValueError`` that says that it was not collected."""
+        """``output``; raises ``ValueError`` if it was not collected."""
         return _collected(self.output, "output", "Moments.of(x @ weight.T)")
 
     @property
     def gram_matrix(self) -> Tensor:
-        """``gram``, or a ``ValueError`` that says that it was not collected."""
+        """``gram``; raises ``ValueError`` if it was not collected."""
         return _collected(self.gram, "gram", "x.T @ x / len(x)")
 
+    @property
+    def within_sequence_variance(self) -> Tensor:
+        """``sequence_variance``; raises ``ValueError`` if it was not collected."""
+        return _collected(
+            self.sequence_variance, "sequence_variance", "x.var(1, correction=0).mean(0)"
+        )
+
     def permuted(self, order: Tensor) -> Statistics:
-        """The statistics of the layer with its inputs in another order."""
+        """Return the statistics of the layer with input ``order[i]`` at position ``i``."""
         variance, gram, total = self.sequence_variance, self.gram, self.column_sum
         return replace(
             self,
@@ -129,11 +149,12 @@ class Statistics:
         )
 
     def squared_error(self, delta: Tensor) -> Tensor:
-        """Expected squared change of each output when the weights change by ``delta``.
+        """Return the expected squared change of each output if the weights change by ``delta``.
 
-        Exactly ``delta_q G delta_qᵀ`` if the Gram matrix was collected. Else
-        ``(delta_q · mean)² + delta_q² · var``, which is exact when channels are uncorrelated: the
-        first term is the mean error that DSnoT lowers, the second what Wanda's score adds up.
+        Exactly ``delta_q G delta_qᵀ`` if the Gram matrix was collected, otherwise
+        ``(delta_q · mean)² + delta_q² · var``, which is exact for uncorrelated channels: the first
+        term is the mean error that DSnoT lowers, the second the sum of squares of Wanda's scores
+        (for channels of mean 0).
 
         Args:
             delta: Change of the weight, ``(out_features, in_features)``.
@@ -161,5 +182,5 @@ def _collected(value: T | None, need: str, example: str) -> T:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` unless it is in half precision, which is raised to float32."""
+    """Return `x` in float32 if it is in half precision, otherwise unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from symprune_lightning.functional.patterns import NM, Unstructured
-from symprune_lightning.functional.refiners import DSnoT, MaskRefiner, R2DSnoT
+from symprune_lightning.functional.refiners import DSnoT, R2DSnoT
 from symprune_lightning.functional.scores import RIA, Wanda
-from tests.functional.refiners.examples import example
+from tests.functional.examples import example
 
 REFINERS = [
     DSnoT(),
@@ -64,12 +64,12 @@ def test_refiners_of_groups_do_something():
         assert (refiner(weight, mask, statistics, 4) != mask).any(), refiner
 
 
-@given(seed=st.integers(0, 999), span=st.sampled_from([None, 4, 10]), relative=st.booleans())
-def test_gram_guard_never_raises_the_exact_error_of_any_row(seed, span, relative):
-    pattern = None if span is None else NM(span // 2, span)
+@given(seed=st.integers(0, 999), window=st.sampled_from([None, 4, 10]), relative=st.booleans())
+def test_gram_guard_never_raises_the_exact_error_of_any_row(seed, window, relative):
+    pattern = None if window is None else NM(window // 2, window)
     weight, mask, statistics = example(8, 20, seed=seed, dtype=torch.float64, pattern=pattern)
     refiner = R2DSnoT(guard="gram", threshold=0.0, prune_relative=relative)
-    refined = refiner(weight, mask, statistics, span)
+    refined = refiner(weight, mask, statistics, window)
     before = statistics.squared_error(weight.masked_fill(mask, 0))
     after = statistics.squared_error(weight.masked_fill(refined, 0))
     assert (after <= before * (1 + 1e-9)).all()
@@ -128,19 +128,19 @@ def naive_dsnot(weight, mask, statistics, cycles, threshold):
         contribution = weight[q] * mean
         error = contribution[~mask[q]].sum()
         growable = [r for r in range(len(mean)) if not mask[q, r]]
-        cuttable = [r for r in range(len(mean)) if mask[q, r]]
+        prunable = [r for r in range(len(mean)) if mask[q, r]]
         for _ in range(cycles):
             sign = 1 if error > 0 else -1
             grows = [r for r in growable if sign * contribution[r] > 0]
-            cuts = [r for r in cuttable if sign * contribution[r] < 0]
-            if abs(error) <= threshold or not grows or not cuts:
+            prunes = [r for r in prunable if sign * contribution[r] < 0]
+            if abs(error) <= threshold or not grows or not prunes:
                 break
             grow = max(grows, key=lambda r: float((contribution[r] / variance[r]).abs()))
-            cut = min(cuts, key=lambda r: float(weight[q, r].abs() * norm[r]))
+            prune = min(prunes, key=lambda r: float(weight[q, r].abs() * norm[r]))
             growable.remove(grow)
-            cuttable.remove(cut)
-            mask[q, grow], mask[q, cut] = True, False
-            error = error + contribution[cut] - contribution[grow]
+            prunable.remove(prune)
+            mask[q, grow], mask[q, prune] = True, False
+            error = error + contribution[prune] - contribution[grow]
     return mask
 
 
@@ -169,8 +169,3 @@ def test_pruning_rule_of_r2dsnot_is_ria():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         R2DSnoT(**options)
-
-
-@pytest.mark.parametrize("refiner", MaskRefiner.__subclasses__())
-def test_is_a_frozen_dataclass(refiner):
-    assert refiner.__dataclass_params__.frozen

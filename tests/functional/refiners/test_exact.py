@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,20 +9,21 @@ from hypothesis import strategies as st
 
 from symprune_lightning.functional.patterns import NM
 from symprune_lightning.functional.refiners import ExactSwap, exact
-from tests.functional.refiners.examples import example
+from symprune_lightning.functional.statistics import Statistics
+from tests.functional.examples import example
 
-SPANS = st.sampled_from([None, 2, 4, 5, 10])
+WINDOWS = st.sampled_from([None, 2, 4, 5, 10])
 
 
-def patterned(span):
-    return None if span is None else NM(span // 2, span)
+def patterned(window):
+    return None if window is None else NM(window // 2, window)
 
 
 def error(weight, mask, statistics):
     return statistics.squared_error(weight.masked_fill(mask, 0))
 
 
-def best_pair(weight, mask, gram, span):
+def best_pair(weight, mask, gram, window):
     """The largest fall of one row's error by any pair, by trying all."""
     columns = len(weight)
 
@@ -31,7 +34,7 @@ def best_pair(weight, mask, gram, span):
     falls = [0.0]
     for g in range(columns):
         for p in range(columns):
-            if mask[p] and not mask[g] and (span is None or g // span == p // span):
+            if mask[p] and not mask[g] and (window is None or g // window == p // window):
                 swapped = mask.clone()
                 swapped[g], swapped[p] = True, False
                 falls.append(cost(mask) - cost(swapped))
@@ -41,19 +44,19 @@ def best_pair(weight, mask, gram, span):
 @given(
     rows=st.integers(1, 6),
     groups=st.integers(1, 3),
-    span=SPANS,
+    window=WINDOWS,
     sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 999),
 )
-def test_counts_are_kept_and_no_row_gets_worse(rows, groups, span, sparsity, dtype, seed):
-    columns = groups * (span or 7)
-    pattern = patterned(span)
+def test_counts_are_kept_and_no_row_gets_worse(rows, groups, window, sparsity, dtype, seed):
+    columns = groups * (window or 7)
+    pattern = patterned(window)
     weight, mask, statistics = example(rows, columns, sparsity, seed, dtype, pattern=pattern)
     before = mask.clone()
-    refined = ExactSwap()(weight, mask, statistics, span)
+    refined = ExactSwap()(weight, mask, statistics, window)
     assert torch.equal(mask, before)
-    size = span or columns
+    size = window or columns
     assert torch.equal(refined.reshape(-1, size).sum(1), mask.reshape(-1, size).sum(1))
     wide = weight.double()
     slack = 1e-4 if dtype == torch.float32 else 1e-9
@@ -61,35 +64,35 @@ def test_counts_are_kept_and_no_row_gets_worse(rows, groups, span, sparsity, dty
     assert (error(wide, refined, statistics) <= worst).all()
 
 
-@given(seed=st.integers(0, 300), span=SPANS)
-def test_ends_where_no_pair_helps(seed, span):
+@given(seed=st.integers(0, 300), window=WINDOWS)
+def test_ends_where_no_pair_helps(seed, window):
     """With all weights on the shortlist the end is a local optimum over all pairs."""
     weight, mask, statistics = example(
-        3, 20, seed=seed, dtype=torch.float64, odd=False, pattern=patterned(span)
+        3, 20, seed=seed, dtype=torch.float64, odd=False, pattern=patterned(window)
     )
-    refined = ExactSwap(cycles=1000)(weight, mask, statistics, span)
+    refined = ExactSwap(cycles=1000)(weight, mask, statistics, window)
     for w, m, e in zip(weight, refined, error(weight, refined, statistics), strict=True):
-        assert best_pair(w, m, statistics.gram, span) <= 1e-5 * float(e) + 1e-12
+        assert best_pair(w, m, statistics.gram, window) <= 1e-5 * float(e) + 1e-12
 
 
-@given(seed=st.integers(0, 300), span=SPANS)
-def test_first_swap_is_the_best_of_all_pairs(seed, span):
+@given(seed=st.integers(0, 300), window=WINDOWS)
+def test_first_swap_is_the_best_of_all_pairs(seed, window):
     weight, mask, statistics = example(
-        4, 20, seed=seed, dtype=torch.float64, odd=False, pattern=patterned(span)
+        4, 20, seed=seed, dtype=torch.float64, odd=False, pattern=patterned(window)
     )
-    refined = ExactSwap(cycles=1)(weight, mask, statistics, span)
+    refined = ExactSwap(cycles=1)(weight, mask, statistics, window)
     fall = error(weight, mask, statistics) - error(weight, refined, statistics)
     pairs = zip(weight, mask, strict=True)
     best = torch.tensor(
-        [best_pair(w, m, statistics.gram, span) for w, m in pairs], dtype=torch.float64
+        [best_pair(w, m, statistics.gram, window) for w, m in pairs], dtype=torch.float64
     )
     torch.testing.assert_close(fall, best, rtol=1e-5, atol=1e-5)
 
 
-@given(seed=st.integers(0, 99), cycles=st.integers(0, 20), span=SPANS)
-def test_at_most_so_many_swaps(seed, cycles, span):
-    weight, mask, statistics = example(8, 40, seed=seed, pattern=patterned(span))
-    refined = ExactSwap(cycles=cycles)(weight, mask, statistics, span)
+@given(seed=st.integers(0, 99), cycles=st.integers(0, 20), window=WINDOWS)
+def test_number_of_swaps_is_limited(seed, cycles, window):
+    weight, mask, statistics = example(8, 40, seed=seed, pattern=patterned(window))
+    refined = ExactSwap(cycles=cycles)(weight, mask, statistics, window)
     assert ((refined & ~mask).sum(1) <= cycles).all()
 
 
@@ -97,8 +100,6 @@ def test_error_falls_far():
     generator = torch.Generator().manual_seed(0)
     weight, mask, statistics = example(32, 64, odd=False)
     x = torch.randn(500, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
-    from dataclasses import replace
-
     statistics = replace(statistics, gram=(x.T @ x / 500).double())
     refined = ExactSwap()(weight, mask, statistics)
     after, before = (error(weight, m, statistics).sum() for m in (refined, mask))
@@ -125,7 +126,5 @@ def test_zero_weights_are_never_grown():
 
 def test_needs_the_gram_matrix():
     weight, mask, _ = example()
-    from symprune_lightning.functional.statistics import Statistics
-
     with pytest.raises(ValueError, match="needs the statistic 'gram'"):
         ExactSwap()(weight, mask, Statistics())

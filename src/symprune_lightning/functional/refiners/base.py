@@ -1,4 +1,4 @@
-"""What all refiners are."""
+"""Base class of mask refiners."""
 
 from __future__ import annotations
 
@@ -14,25 +14,29 @@ class MaskRefiner(ABC):
     """Base class of all refiners."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"input"})
-    """The statistics that the engine has to collect for this refiner."""
+    """Statistics that the engine collects for this refiner."""
+
+    reference_url: ClassVar[str] = ""
+    """Address of the paper, empty without one."""
 
     @abstractmethod
     def __call__(
-        self, weight: Tensor, mask: Tensor, statistics: Statistics, span: int | None = None
+        self, weight: Tensor, mask: Tensor, statistics: Statistics, window: int | None = None
     ) -> Tensor:
         """Improve a mask.
 
-        Several processes share the work by rows, so a refiner looks at one row at a time; what it
-        has to know of the other rows is in ``statistics.column_sum``.
+        Ranks share the work by rows, so each output row is refined independently of the others;
+        the only property of the other rows that a refiner can use is ``statistics.column_sum``.
 
         Args:
-            weight: Dense ``W``, shape ``(out_features, in_features)``, float32 or float64, or some
-                of its rows.
-            mask: Bool, same shape, True = kept. Not changed.
-            statistics: What was measured of the layer, with everything in ``needs``.
-            span: Swaps stay inside groups of so many consecutive inputs (``m`` for N:M); ``None``
-                is the whole row.
+            weight: Dense ``W``, ``(out_features, in_features)``, float32 or float64, or a subset of
+                its rows. Not modified.
+            mask: Bool, same shape, True = kept. Not modified.
+            statistics: Statistics of the layer, with everything in ``needs``.
+            window: Swaps stay within groups of this number of consecutive inputs (``m`` for N:M);
+                ``None`` for the whole row.
 
         Returns:
-            A new mask with the same number of kept weights in every such group.
+            A new mask with the same number of kept weights in every such group. Weights that are
+            zero and pruned stay pruned.
         """

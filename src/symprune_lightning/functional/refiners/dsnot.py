@@ -1,13 +1,13 @@
 """Swaps that lower the mean error: DSnoT and R²-DSnoT.
 
-With ``C = W · mean`` (what each weight adds to the mean output), a row's mean error is
-``e_q = Σ_{pruned r} C[q,r] = E[dense − sparse output]``.
+With ``C = W · mean``, the contribution of each weight to the mean output, the mean error of a row
+is ``e_q = Σ_{pruned r} C[q,r] = E[dense − sparse output]``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,30 +22,30 @@ from symprune_lightning.functional.scores import relative_importance
 from symprune_lightning.functional.statistics import Need, Statistics
 
 THRESHOLD = 5e-5
-"""Mean error per token under which a row is left alone: DSnoT's 0.1 over sequences of 2048."""
+"""Mean error per token below which a row is finished: DSnoT's 0.1 per sequence of 2048 tokens."""
 
 Guard = Literal["mean", "gram"]
-"""Which swaps to forbid: those that don't lower the mean error, or the exact error."""
+"""The error that every swap must lower: the mean error or the exact error."""
 
 
 @dataclass(frozen=True)
 class DSnoT(MaskRefiner):
     """Dynamic sparse no training: Zhang et al., arXiv 2310.08915, algorithm 1.
 
-    Each cycle moves every row's mean error ``e_q`` towards zero with one swap. The weight grown is
-    the pruned one with the largest ``sign(e)·C/var^p_var``; the weight pruned is the kept one with
-    the lowest Wanda score among those with ``sign(e)·C < 0``. A row is finished once
-    ``|e_q| <= threshold``, or when it runs out of candidates (the reference code reads past the
-    end of its list there, and loses the row's budget).
+    Each cycle moves the mean error ``e_q`` of every row towards zero with one swap: grow the pruned
+    weight with the largest ``sign(e)·C/var^p_var``, and prune the kept weight with the lowest Wanda
+    score among those with ``sign(e)·C < 0``. A row is finished when ``|e_q| <= threshold`` or when
+    it has no candidates left. (The reference code reads past the end of its list in the latter
+    case, which changes the number of kept weights.)
 
     Attributes:
-        cycles: ``T``, most swaps in a row. 50 as in the paper.
-        threshold: ``ε``, per token. The paper's 0.1 is of a sum over a sequence: divide it by the
-            sequence length.
+        cycles: ``T``, maximum number of swaps per output row. 50 as in the paper.
+        threshold: ``ε``, mean error per token below which a row is finished. The paper's 0.1 is the
+            error of a sum over a sequence: divide it by the sequence length.
         p_var: Exponent of the variance in the growing rule.
-        same_sign: Stop a row before its error changes sign.
-        reference: Measure the variance as the reference code does (inside each sequence, not over
-            all tokens), to reproduce its masks.
+        same_sign: Finish a row before its error changes sign.
+        reference: Use the variance within each sequence instead of the variance over all tokens,
+            and for N:M the reference code's rule, to reproduce its masks.
 
     Examples:
         >>> from symprune_lightning.functional.statistics import Moments
@@ -61,6 +61,7 @@ class DSnoT(MaskRefiner):
     p_var: float = 1.0
     same_sign: bool = False
     reference: bool = False
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2310.08915"
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
@@ -68,21 +69,20 @@ class DSnoT(MaskRefiner):
         return frozenset({"input", "sequence_variance"} if self.reference else {"input"})
 
     def __call__(
-        self, weight: Tensor, mask: Tensor, statistics: Statistics, span: int | None = None
+        self, weight: Tensor, mask: Tensor, statistics: Statistics, window: int | None = None
     ) -> Tensor:
         """See `MaskRefiner`."""
         moments = statistics.input_moments
-        variance = statistics.sequence_variance if self.reference else moments.variance
-        assert variance is not None, "declared in `needs`"
+        variance = statistics.within_sequence_variance if self.reference else moments.variance
         grow_weights = _over_variance(moments.mean.abs(), variance, self.p_var)
         contribution = weight * moments.mean.to(weight.dtype)
         grow_key = weight.abs() * grow_weights.to(weight.dtype)
         prune_key = weight.abs() * moments.norm.to(weight.dtype)
-        if self.reference and span is not None:
-            return self._reference_groups(mask, contribution, grow_key, prune_key, span)
+        if self.reference and window is not None:
+            return self._reference_groups(mask, contribution, grow_key, prune_key, window)
         return swap_mean_error(
             mask,
-            candidate_pairs(grow_key, prune_key, mask, contribution, self.cycles, span),
+            candidate_pairs(grow_key, prune_key, mask, contribution, self.cycles, window),
             contribution,
             cycles=self.cycles,
             threshold=self.threshold,
@@ -90,35 +90,39 @@ class DSnoT(MaskRefiner):
         )
 
     def _reference_groups(
-        self, mask: Tensor, contribution: Tensor, grow_key: Tensor, prune_key: Tensor, span: int
+        self, mask: Tensor, contribution: Tensor, grow_key: Tensor, prune_key: Tensor, window: int
     ) -> Tensor:
-        """The reference code's rule for N:M.
+        """Refine an N:M mask by the rule of the reference code.
 
-        The weight to prune is the one of lowest score in the grown one's group, whatever its sign;
-        none is pruned that was grown, and no swap may change the sign of the error.
+        The weight to prune is the one with the lowest initial score in the group of the grown
+        weight, regardless of its sign. Grown weights are not pruned again, and a row is finished
+        before its error changes sign.
         """
         mask = mask.clone()
         rows = torch.arange(len(mask), device=mask.device)
         error = contribution.masked_fill(mask, 0).sum(1)
         sign = error.sign()
-        # pruned weights by what they mend; the others count as 0 and come after them
-        mending = (grow_key * contribution.sign() * sign[:, None]).masked_fill(mask, 0)
-        order = mending.sort(dim=1, descending=True, stable=True).indices
+        # Kept weights are sorted as 0, and the sort is stable: both decide the order of ties, which
+        # the golden masks of the reference code depend on.
+        improvement = (grow_key * contribution.sign() * sign[:, None]).masked_fill(mask, 0)
+        order = improvement.sort(dim=1, descending=True, stable=True).indices
         score = prune_key.masked_fill(~mask, torch.inf)
         active = torch.ones_like(error, dtype=torch.bool)
         for cycle in range(min(self.cycles, mask.shape[1])):
             grown = order[:, cycle]
-            start = grown - grown % span
-            group = start[:, None] + torch.arange(span, device=mask.device)
-            cut = start + score.gather(1, group).argmin(1)
-            after = error + contribution[rows, cut] - contribution[rows, grown]
+            start = grown - grown % window
+            group = start[:, None] + torch.arange(window, device=mask.device)
+            pruned = start + score.gather(1, group).argmin(1)
+            after = error + contribution[rows, pruned] - contribution[rows, grown]
             active &= (error.abs() > self.threshold) & (after.sign() == sign)
-            active &= (mending[rows, grown] > 0) & score[rows, cut].isfinite()
+            # The reference code has no such test. Without it, a row without candidates would grow
+            # kept weights, or prune from a group that has no kept weight left to prune.
+            active &= (improvement[rows, grown] > 0) & score[rows, pruned].isfinite()
             if not active.any():
                 break
             mask[rows[active], grown[active]] = True
-            mask[rows[active], cut[active]] = False
-            score[rows[active], cut[active]] = torch.inf
+            mask[rows[active], pruned[active]] = False
+            score[rows[active], pruned[active]] = torch.inf
             error = torch.where(active, after, error)
         return mask
 
@@ -127,33 +131,34 @@ class DSnoT(MaskRefiner):
 class R2DSnoT(MaskRefiner):
     """R²-DSnoT: DSnoT with relative importance and a regularised decision boundary.
 
-    Yi & Richtárik, arXiv 2501.18980, section 4; our reading of it, since neither the paper's full
-    text nor its code could be consulted. With ``R = RI(W)`` and ``P = |W| / ‖W_q‖_p``:
+    Yi & Richtárik, arXiv 2501.18980, section 4. This is our interpretation, since neither the
+    paper's full text nor its code was available. With ``R = RI(W)`` and ``P = |W| / ‖W_q‖_p``:
 
     - grow: the pruned weight with ``sign(e)·C > 0`` and the largest
       ``(R if grow_relative else |W|) · |mean| / var^p_var + γ₁·P``;
     - prune: the kept weight with ``sign(e)·C < 0`` and the smallest
       ``(R if prune_relative else |W|) · ‖x_r‖^α + γ₂·P``.
 
-    With both switches off, ``γ₁ = γ₂ = 0`` and ``α = 1`` it is [`DSnoT`]
+    Without relative importance and with ``γ₁ = γ₂ = 0`` and ``α = 1`` it is [`DSnoT`]
     [symprune_lightning.functional.refiners.DSnoT]; with ``prune_relative`` and ``γ₂ = 0`` its
-    pruning score is RIA.
+    pruning score is RIA. The arguments with the largest effect are ``guard``, ``prune_relative``
+    and ``cycles``.
 
     Attributes:
-        cycles: ``T``, most swaps in a row.
-        threshold: ``ε``, mean error per token under which a row is finished.
+        cycles: ``T``, maximum number of swaps per output row. 50 as in DSnoT.
+        threshold: ``ε``, mean error per token below which a row is finished.
         alpha: ``α``, exponent of the input norm in the pruning rule.
         p_var: Exponent of the variance in the growing rule.
         gamma1: ``γ₁``, weight of the penalty in the growing rule.
         gamma2: ``γ₂``, weight of the penalty in the pruning rule.
         p: Norm of the penalty.
-        grow_relative: Grow by relative importance.
-        prune_relative: Prune by relative importance. The paper finds that either switch helps and
-            both together hurt; this one on makes the rule agree with RIA.
-        same_sign: Stop a row before its error changes sign.
-        guard: ``None`` accepts every swap, as published; ``"mean"`` only one that lowers
-            ``|e_q|``; ``"gram"`` only one that lowers the exact error ``r G rᵀ``, so that the
-            layer's calibrated error can only fall (needs the Gram matrix).
+        grow_relative: Use relative importance in the growing rule.
+        prune_relative: Use relative importance in the pruning rule, which then agrees with RIA. The
+            paper finds that either of the two helps and that both together hurt.
+        same_sign: Finish a row before its error changes sign.
+        guard: ``None`` accepts every swap, as published; ``"mean"`` only swaps that lower
+            ``|e_q|``; ``"gram"`` only swaps that lower the exact error ``r G rᵀ``, so that the
+            layer's calibrated error never increases (needs the Gram matrix).
 
     Raises:
         ValueError: A penalty is negative or the guard unknown.
@@ -178,10 +183,13 @@ class R2DSnoT(MaskRefiner):
     prune_relative: bool = True
     same_sign: bool = False
     guard: Guard | None = None
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2501.18980"
 
     def __post_init__(self) -> None:
         if self.gamma1 < 0 or self.gamma2 < 0:
-            raise ValueError(f"gamma1={self.gamma1}, gamma2={self.gamma2}: a penalty is at least 0")
+            raise ValueError(
+                f"gamma1={self.gamma1}, gamma2={self.gamma2}: a penalty must be at least 0"
+            )
         if self.guard not in (None, *get_args(Guard)):
             raise ValueError(f"guard is {self.guard!r}; choose None, 'mean' or 'gram'")
 
@@ -191,7 +199,7 @@ class R2DSnoT(MaskRefiner):
         return frozenset({"input", "gram"} if self.guard == "gram" else {"input"})
 
     def __call__(
-        self, weight: Tensor, mask: Tensor, statistics: Statistics, span: int | None = None
+        self, weight: Tensor, mask: Tensor, statistics: Statistics, window: int | None = None
     ) -> Tensor:
         """See `MaskRefiner`."""
         contribution = weight * statistics.input_moments.mean.to(weight.dtype)
@@ -201,7 +209,7 @@ class R2DSnoT(MaskRefiner):
             exact = ExactError(weight, mask, statistics.gram_matrix)
         return swap_mean_error(
             mask,
-            candidate_pairs(grow_key, prune_key, mask, contribution, self.cycles, span),
+            candidate_pairs(grow_key, prune_key, mask, contribution, self.cycles, window),
             contribution,
             cycles=self.cycles,
             threshold=self.threshold,
@@ -211,7 +219,7 @@ class R2DSnoT(MaskRefiner):
         )
 
     def _keys(self, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """What the growing rule maximises and what the pruning rule minimises."""
+        """Return the keys that the growing rule maximises and the pruning rule minimises."""
         moments, dtype = statistics.input_moments, weight.dtype
         magnitude = weight.abs()
         relative = relative_importance(weight, column_norm=statistics.column_sum)
@@ -226,5 +234,5 @@ class R2DSnoT(MaskRefiner):
 
 
 def _over_variance(x: Tensor, variance: Tensor, power: float) -> Tensor:
-    """``x / variance^power`` with constant channels first in line and no NaN."""
+    """Return ``x / variance^power``, very large for constant channels and never NaN."""
     return x / variance.pow(power).clamp_min(torch.finfo(torch.float32).tiny)

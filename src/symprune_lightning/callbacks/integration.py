@@ -1,0 +1,162 @@
+"""Access to the parts of a Trainer and a LightningModule that pruning uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+)
+from torch import nn
+from torch.utils.data import DistributedSampler
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
+from symprune_lightning.engine.forward.calibration import Forward, call_model
+from symprune_lightning.module import CausalLMModule
+
+
+def trainer_callbacks(trainer: Trainer) -> list[Callback]:
+    """Return the Trainer's callbacks, an attribute that it does not declare."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def pruning_target(module: LightningModule) -> nn.Module:
+    """Return the module that is pruned, to which layer names are relative.
+
+    This is the attribute ``prunable_model`` of the LightningModule if it has one, without the
+    wrapper of ``torch.compile``; else the LightningModule itself.
+    """
+    target: nn.Module = getattr(module, "prunable_model", module)
+    original: nn.Module = getattr(target, "_orig_mod", target)
+    return original
+
+
+def model_name(module: LightningModule) -> str:
+    """Return the name or path of the dense model; empty if it has none."""
+    if isinstance(module, CausalLMModule):
+        return module.pretrained
+    target = pruning_target(module)
+    return str(target.config.name_or_path) if isinstance(target, PreTrainedModel) else ""
+
+
+def calibration_datamodule(trainer: Trainer) -> CalibrationDataModule | None:
+    """Return the Trainer's data module if it is a ``CalibrationDataModule``."""
+    datamodule = getattr(trainer, "datamodule", None)  # set by Lightning during a call
+    return datamodule if isinstance(datamodule, CalibrationDataModule) else None
+
+
+def tokenizer_of(trainer: Trainer) -> Tokenizer | None:
+    """Return the tokenizer of the Trainer's data module."""
+    datamodule = calibration_datamodule(trainer)
+    return None if datamodule is None else datamodule.tokenizer
+
+
+def refuse_strategies(callback: Callback, trainer: Trainer) -> None:
+    """Raise ``ValueError`` under a strategy that flattens or partitions the weights."""
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise ValueError(
+            f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which "
+            f"flattens or partitions the weights: use strategy='ddp', or ModelParallelStrategy "
+            f"(FSDP2 and tensor parallel)"
+        )
+
+
+def communicator_of(trainer: Trainer) -> Communicator:
+    """Return the communicator of the Trainer's ranks."""
+    if not isinstance(trainer.strategy, ParallelStrategy) or trainer.world_size == 1:
+        return SINGLE_PROCESS
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        # tensor-parallel ranks that hold shards of the same layers run the same batches
+        sampler = trainer.strategy.distributed_sampler_kwargs
+        return Communicator.from_default_group(sampler["rank"], sampler["num_replicas"])
+    return Communicator.from_default_group()
+
+
+def calibration_batches(
+    trainer: Trainer, module: LightningModule, calibration: Iterable[Any] | None
+) -> Iterator[Any]:
+    """Yield all calibration batches, on every rank.
+
+    A generator, so that a missing loader is no error for methods that need no data.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        calibration: Batches that take precedence over the loaders of data module and module.
+
+    Raises:
+        ValueError: There is no calibration data, or its loader has a distributed sampler.
+    """
+    limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
+    yield from islice(_calibration_loader(trainer, module, calibration), limit)
+
+
+def _calibration_loader(
+    trainer: Trainer, module: LightningModule, calibration: Iterable[Any] | None
+) -> Iterable[Any]:
+    loader = calibration
+    owners: tuple[object, ...] = (getattr(trainer, "datamodule", None), module)
+    for owner in owners:
+        make_loader = getattr(owner, "calibration_dataloader", None)
+        if loader is None and callable(make_loader):
+            loader = make_loader()
+    if loader is None:
+        raise ValueError(
+            "there is no calibration data: pass calibration=<a dataloader> to the pruning "
+            "callback, use a CalibrationDataModule, or define calibration_dataloader() in your "
+            "data module or LightningModule"
+        )
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        raise ValueError(
+            "the calibration loader has a DistributedSampler, which repeats samples to make them "
+            "divisible: remove it; batches are divided among ranks by the pruning callback"
+        )
+    return loader
+
+
+def calibration_forward(trainer: Trainer, module: LightningModule) -> Forward:
+    """Return the forward of a calibration batch, in the Trainer's precision.
+
+    Batches are given to the module's ``calibration_step(batch)`` if it has one, else to the module
+    that is pruned.
+    """
+    step = getattr(module, "calibration_step", None)
+
+    def forward(model: nn.Module, batch: Any) -> object:
+        with trainer.precision_plugin.forward_context():
+            if step is not None:
+                return step(batch)
+            try:
+                return call_model(model, batch)
+            except TypeError as error:
+                raise TypeError(
+                    f"{error} (mappings are passed as keyword arguments, tuples and lists as "
+                    f"positional ones; if forward expects something else, define "
+                    f"calibration_step(batch) in the LightningModule)"
+                ) from error
+
+    return forward
+
+
+def transfer_batches(batches: Iterable[Any], trainer: Trainer) -> Iterator[Any]:
+    """Apply the same transfer hooks to batches as Lightning's loops."""
+    for batch in batches:
+        converted = trainer.precision_plugin.convert_input(batch)
+        if trainer.lightning_module is not None:
+            converted = trainer.lightning_module._on_before_batch_transfer(converted)
+        yield trainer.strategy.batch_to_device(converted)
+
+
+def metrics_of(trainer: Trainer) -> Mapping[str, float]:
+    """Return the metrics of the last evaluation as floats."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -1,0 +1,49 @@
+"""Sparsity schedules over training steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    """Cubic sparsity schedule: sparsity grows during ``fit``, fast at first and slowly at the end.
+
+    At optimizer step t the model has the fraction ``1 − (1 − (t − start) / (end − start))³`` of the
+    final sparsity (Zhu and Gupta, arXiv 1710.01878, equation 1, from a dense model).
+
+    Attributes:
+        end: Optimizer step before which the final sparsity is reached.
+        start: Optimizer step at which the fraction is still 0; the first pruning is ``every``
+            steps later.
+        every: Optimizer steps between two prunings; each runs the calibration batches through the
+            model.
+
+    Raises:
+        ValueError: The steps are not in order.
+
+    Examples:
+        >>> [round(CubicSchedule(end=4).fraction(step), 3) for step in range(6)]
+        [0.0, 0.578, 0.875, 0.984, 1.0, 1.0]
+    """
+
+    end: int
+    start: int = 0
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end or self.every < 1:
+            raise ValueError(
+                f"{self}: start must be at least 0, end greater than start, every at least 1"
+            )
+
+    def fraction(self, step: int) -> float:
+        """Return the fraction of the final sparsity after the pruning before ``step``."""
+        remaining = 1 - (step - self.start) / (self.end - self.start)
+        return 1 - min(1.0, max(0.0, remaining)) ** 3
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the model is pruned before this step."""
+        if not self.start < step <= self.end:
+            return False  # the fraction is 0, or the schedule has ended
+        return step == self.end or (step - self.start) % self.every == 0

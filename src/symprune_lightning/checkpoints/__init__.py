@@ -1,0 +1,1 @@
+"""Checkpoints on disk: models, masks, manifests, streaming."""

@@ -1,0 +1,84 @@
+"""Model cards for pruned checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from symprune_lightning.checkpoints.pretrained import local_folder, resolve_source
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """Return the ``README.md`` of a checkpoint: base model, license, method and metrics.
+
+    Args:
+        manifest: Contents of ``sparsity_manifest.json``; all entries are optional.
+
+    Examples:
+        >>> card = model_card({"model": "org/model", "sparsity": 0.5})
+        >>> "base_model: org/model" in card, "# model (pruned)" in card
+        (True, True)
+    """
+    model = str(manifest.get("model", ""))
+    data = ModelCardData(
+        base_model=_hub_name(model),
+        license=_license(model),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse", "symprune-lightning"],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_lines(Path(model).name, manifest)) + "\n"
+
+
+def _hub_name(model: str) -> str | None:
+    """Return ``model`` if it is a hub name and no local path, which the Hub would reject."""
+    try:
+        source = resolve_source(model)
+    except FileNotFoundError:
+        return None
+    return source if isinstance(source, str) and source.count("/") == 1 else None
+
+
+def _license(model: str) -> str | None:
+    """Return the license of the base model, if its model card is available locally."""
+    folder = local_folder(model)
+    if folder is None or not (folder / "README.md").is_file():
+        return None
+    try:
+        license_name = ModelCard.load(folder / "README.md").data.license
+    except (ValueError, yaml.YAMLError):  # the metadata is no mapping, or not valid YAML
+        return None
+    return None if license_name is None else str(license_name)
+
+
+def _lines(name: str, manifest: Mapping[str, Any]) -> Iterator[str]:
+    yield f"# {name} (pruned)" if name else "# Pruned model"
+    yield ""
+    sparsity = manifest.get("sparsity")
+    fraction = "Some" if sparsity is None else f"{100 * sparsity:.1f} %"
+    yield (
+        f"{fraction} of the weights in the pruned layers are zero. The zeros are stored explicitly "
+        f"in a regular checkpoint that loads like any other; inference with dense kernels is no "
+        f"faster. Created with symprune-lightning: `sparsity_manifest.json` records all settings "
+        f"and metrics, and `symprune/` contains the masks."
+    )
+    settings = {k: v for k, v in manifest.get("settings", {}).items() if v not in (None, [], {})}
+    yield from _table("Method", ("setting", "value"), settings.items())
+    metrics = manifest.get("metrics", {})
+    dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
+    rows = [(n, f"{dense[n]:.4f}" if n in dense else "", f"{v:.4f}") for n, v in pruned.items()]
+    yield from _table("Metrics", ("metric", "dense", "pruned"), rows)
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """Markdown lines of a section with a table; no lines if there are no rows."""
+    cells = [tuple(f"`{c}`" if i else str(c) for i, c in enumerate(row)) for row in rows]
+    if not cells:
+        return
+    yield from ("", f"## {title}", "")
+    for row in (header, ("---",) * len(header), *cells):
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"

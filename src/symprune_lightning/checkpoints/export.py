@@ -1,0 +1,182 @@
+"""Writing of pruned checkpoints."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from symprune_lightning.checkpoints.manifest import MANIFEST, build_manifest, write_manifest
+from symprune_lightning.checkpoints.masks import FILE, FOLDER, infer_masks, save_masks
+from symprune_lightning.checkpoints.pretrained import local_folder
+from symprune_lightning.engine.distributed.communicator import Communicator
+from symprune_lightning.engine.distributed.sharding import full_state_dict
+from symprune_lightning.engine.files import atomic_directory
+from symprune_lightning.engine.result import LayerReport, PruneResult
+from symprune_lightning.functional.packing import PackedMasks
+
+
+def check_destination(output: str | Path) -> Path:
+    """Check that a checkpoint can be written, before the run starts.
+
+    Args:
+        output: The folder to be written.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        FileExistsError: It is not empty and holds no checkpoint of this package.
+        PermissionError: Its parent folder cannot be written, or it is a mount point.
+        NotADirectoryError: A component of the path is a file.
+    """
+    path = Path(output).expanduser().absolute()
+    for component in (path, *path.parents):
+        if component.exists() and not component.is_dir():
+            raise NotADirectoryError(f"cannot write a checkpoint to {path}: {component} is a file")
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+        raise FileExistsError(
+            f"{path} is not empty and is not a checkpoint written by symprune-lightning (it has "
+            f"no {MANIFEST}): choose a new folder"
+        )
+    if os.path.ismount(path):
+        raise PermissionError(
+            f"{path} is a mount point, which cannot be replaced: choose a folder inside it"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write to {path.parent}: {error}; choose another folder"
+        ) from error
+    return path
+
+
+def save_checkpoint(
+    output: str | Path,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer | None,
+    manifest: Mapping[str, Any],
+    masks: Mapping[str, Tensor],
+    state: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write a pruned model as plain safetensors with explicit zeros, its masks and manifest.
+
+    The write is atomic: files go into a folder with a temporary name, are flushed to disk, and the
+    folder is renamed. An earlier checkpoint of this package at that path is replaced only then.
+    Shards are no larger than those of the model's source.
+
+    Args:
+        output: The folder.
+        model: The pruned model.
+        tokenizer: Saved along, if given.
+        manifest: Contents of ``sparsity_manifest.json``, see ``build_manifest``.
+        masks: Layer name to bool mask ``(out_features, in_features)``, True = kept.
+        state: The full weights, if the model is sharded.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        OSError: See ``check_destination``; or the disk is full, and nothing has changed.
+    """
+    path = check_destination(output)
+    largest = _largest_file(str(manifest.get("model", "")))
+    with atomic_directory(path) as tmp:
+        try:
+            model.save_pretrained(
+                tmp,
+                state_dict=None if state is None else dict(state),
+                max_shard_size="50GB" if largest is None else largest,
+            )
+            if tokenizer is not None:
+                tokenizer.save_pretrained(tmp)
+            save_masks(tmp / FOLDER / FILE, masks)
+            write_manifest(tmp, manifest)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"cannot write the checkpoint {path}: {error}. Its contents have not changed"
+            ) from error
+    return path
+
+
+def export_model(
+    model: PreTrainedModel,
+    output: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
+    """Write any model with zeros, such as one that was fine-tuned after pruning.
+
+    Masks and sparsity are inferred from its zeros. With several ranks all must call this; rank 0
+    writes.
+
+    Args:
+        model: The model, sharded or not.
+        output: The folder, see ``save_checkpoint``.
+        tokenizer: Saved along, if given.
+        settings: How the model was made, as JSON values, for manifest and model card.
+        metrics: Metrics of the model.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        ValueError: No layer has zeros.
+        OSError: See ``save_checkpoint``.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from symprune_lightning import prune_model
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+        ...                      num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> _ = prune_model(model, [torch.arange(32)[None]], score="wanda")
+        >>> path = export_model(model, f"{tempfile.mkdtemp()}/pruned")
+        >>> sorted(file.name for file in path.iterdir())[:3]
+        ['README.md', 'config.json', 'generation_config.json']
+    """
+    masks = infer_masks(model)
+    if not masks:
+        raise ValueError(f"no layer of {type(model).__name__} has zeros: prune it first")
+    manifest = build_manifest(
+        _result_of(masks),
+        model=str(model.config.name_or_path),
+        settings=settings or {},
+        pruned=metrics,
+    )
+    state, communicator = full_state_dict(model), Communicator.from_default_group()
+    if communicator.rank == 0:
+        save_checkpoint(output, model, tokenizer, manifest, masks, state)
+    communicator.barrier()
+    return Path(output).expanduser().absolute()
+
+
+def _result_of(masks: PackedMasks) -> PruneResult:
+    """Return a result that holds masks whose origin is not known."""
+    result = PruneResult(masks=masks)
+    for name, mask in masks.items():
+        sparsity = int((~mask).sum()) / mask.numel()
+        rows, columns = mask.shape
+        report = LayerReport(name, (rows, columns), sparsity, sparsity, None, None, None, 0, 0, 0.0)
+        result.layers.append(report)
+    return result
+
+
+def _largest_file(model: str) -> int | None:
+    """Return the size of the largest weight file of a model's source, if it has several."""
+    folder = local_folder(model)
+    files = [] if folder is None else list(folder.glob("*.safetensors"))
+    return max(file.stat().st_size for file in files) if len(files) > 1 else None

@@ -1,0 +1,150 @@
+"""Loading of models and tokenizers from a hub name, a local folder, or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+IGNORE_INDEX = -100
+"""Label of positions that are excluded from the loss, as in transformers."""
+
+
+def load_model(
+    pretrained: str, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model, in eval mode.
+
+    The weights of a GGUF file are dequantized to ``dtype`` (float32 for ``"auto"``), and the
+    quantization settings are removed from the model's configuration, so that it can be saved as
+    plain safetensors. Other checkpoints have to be in safetensors.
+
+    Args:
+        pretrained: Hub name, local folder, or path to a ``.gguf`` file.
+        dtype: ``"auto"`` for the dtype of the checkpoint, or a name such as ``"bfloat16"``.
+            Default: ``"auto"``.
+        trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
+
+    Raises:
+        FileNotFoundError: ``pretrained`` is a path that does not exist.
+        ValueError: ``dtype`` is unknown, or the checkpoint needs ``trust_remote_code``.
+        OSError: The checkpoint has no weights in safetensors.
+    """
+    torch_dtype = _resolve_dtype(dtype, pretrained)
+    if not _is_gguf(pretrained):
+        # no pickled weights: unpickling can execute code
+        return AutoModelForCausalLM.from_pretrained(
+            **_source_arguments(pretrained),
+            dtype=torch_dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        **_source_arguments(pretrained), dtype=torch_dtype, trust_remote_code=trust_remote_code
+    )
+    # the quantization attributes outlive dequantization, and would be saved with the plain weights
+    del model.config.quantization_config, model.hf_quantizer
+    del model.is_quantized
+    return model
+
+
+def load_tokenizer(pretrained: str, *, trust_remote_code: bool = False) -> Tokenizer:
+    """Load the tokenizer of a model.
+
+    Args:
+        pretrained: Hub name, local folder, or path to a ``.gguf`` file.
+        trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
+
+    Raises:
+        FileNotFoundError: ``pretrained`` is a path that does not exist.
+        ValueError: The checkpoint needs ``trust_remote_code``.
+    """
+    return AutoTokenizer.from_pretrained(
+        **_source_arguments(pretrained), trust_remote_code=trust_remote_code
+    )
+
+
+def resolve_source(pretrained: str) -> Path | str:
+    """Tell local paths from hub names.
+
+    Args:
+        pretrained: Hub name, local folder, or path to a ``.gguf`` file.
+
+    Returns:
+        The path, with ``~`` expanded, if it exists; otherwise ``pretrained`` itself, a hub name.
+
+    Raises:
+        FileNotFoundError: ``pretrained`` starts with ``/``, ``.`` or ``~`` or ends with ``.gguf``,
+            and there is no such file or folder.
+
+    Examples:
+        >>> resolve_source("HuggingFaceTB/SmolLM2-135M")
+        'HuggingFaceTB/SmolLM2-135M'
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> resolve_source(folder) == Path(folder)
+        True
+    """
+    path = Path(pretrained).expanduser()
+    if path.exists():
+        return path
+    # from_pretrained would look for a mistyped path on the Hub and report a network error
+    if _is_gguf(pretrained) or pretrained.startswith(("/", ".", "~")):
+        raise FileNotFoundError(
+            f"no model at {path}: expected a folder written by save_pretrained, a .gguf file, or "
+            f"the name of a model on the Hub"
+        )
+    return pretrained
+
+
+def local_folder(pretrained: str) -> Path | None:
+    """Return the local folder that contains a model's files, without downloading anything.
+
+    Args:
+        pretrained: Hub name or local folder; may be empty.
+
+    Returns:
+        The folder itself, the snapshot of a hub model in the local cache, or ``None`` if there is
+        neither.
+
+    Examples:
+        >>> local_folder("no-such/model") is None
+        True
+    """
+    # an empty path is the current directory
+    if not pretrained:
+        return None
+    try:
+        source = resolve_source(pretrained)
+        if isinstance(source, Path):
+            return source if source.is_dir() else None
+        config = try_to_load_from_cache(source, "config.json")
+    except (FileNotFoundError, ValueError):  # ValueError: not a valid hub name
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _is_gguf(pretrained: str) -> bool:
+    return pretrained.endswith(".gguf")
+
+
+def _source_arguments(pretrained: str) -> dict[str, str]:
+    """Arguments of ``from_pretrained`` that name the source."""
+    source = resolve_source(pretrained)
+    if isinstance(source, Path) and _is_gguf(pretrained):
+        return {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    return {"pretrained_model_name_or_path": str(source)}
+
+
+def _resolve_dtype(name: str, pretrained: str) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if _is_gguf(pretrained) else "auto"
+    dtype = getattr(torch, name, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', but got {name!r}"
+        )
+    return dtype

@@ -1,0 +1,59 @@
+"""Weight files of a checkpoint: safetensors with or without an index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def weight_files(folder: Path) -> dict[str, str]:
+    """Map tensor names to files."""
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return dict(index["weight_map"])
+    if not (folder / SINGLE).is_file():
+        raise FileNotFoundError(
+            f"{folder} has neither {INDEX} nor {SINGLE}: only safetensors can be streamed"
+        )
+    with safe_open(folder / SINGLE, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), SINGLE)
+
+
+def sample_hash(files: Iterable[Path]) -> str:
+    """Hash bytes at regular offsets; hashing all of them takes as long as pruning."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for offset in range(0, size, max(1, size // 64)):
+                opened.seek(offset)
+                digest.update(opened.read(4096))
+    return digest.hexdigest()
+
+
+def read_tensors(
+    folder: Path, files: Mapping[str, str], names: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors by name; each file is opened once.
+
+    Args:
+        folder: Folder of the checkpoint.
+        files: Tensor name to file, see ``weight_files``.
+        names: Tensors to read.
+    """
+    by_file: dict[str, list[str]] = {}
+    for name in names:
+        by_file.setdefault(files[name], []).append(name)
+    for file, members in by_file.items():
+        with safe_open(folder / file, framework="pt") as opened:
+            for name in members:
+                yield name, opened.get_tensor(name)

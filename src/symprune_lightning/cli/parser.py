@@ -1,0 +1,214 @@
+"""``symprune prune``, ``validate``, ``test`` and ``fit``: LightningCLI with pruning recipes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from symprune_lightning.callbacks.pruning import PruningCallback, find_pruning_callback
+from symprune_lightning.callbacks.symprune import SymPrune
+from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.module import CausalLMModule
+from symprune_lightning.trainer import Trainer
+
+
+class PathParser(LightningArgumentParser):
+    """Parser that keeps a value that is the path of a file as it was written.
+
+    Lightning's parser would replace it by the contents of the file: ``dataset: my.txt`` and
+    ``pretrained: model.gguf`` would be read as configuration. ``model: part.yaml`` still is.
+    """
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        """Add arguments without ``sub_configs``."""
+        return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
+
+
+class PruningCLI(LightningCLI):
+    """LightningCLI with the subcommand ``prune`` and the pruning method at the top level."""
+
+    trainer: Trainer
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands and the arguments that are not options."""
+        skipped = {"model", "datamodule", "callbacks"}
+        return {
+            "prune": {*skipped, "dataloaders"},
+            "validate": {*skipped, "dataloaders"},
+            "test": {*skipped, "dataloaders"},
+            "fit": {*skipped, "train_dataloaders", "val_dataloaders"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the pruning method and output options; link the tokenizer to the model."""
+        parser.add_argument(
+            "--pruning",
+            type=SymPrune | None,
+            default={"class_path": "symprune_lightning.SymPrune"},
+            help="The pruning method; null if trainer.callbacks has a pruning callback.",
+        )
+        parser.link_arguments("model.pretrained", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+        parser.add_argument(
+            "--quiet", action="store_true", help="No progress bars; print only the result."
+        )
+        parser.add_argument("--json", action="store_true", help="Print the result as JSON only.")
+
+    def before_instantiate_classes(self) -> None:
+        """Apply --quiet and --json."""
+        if self._get(self.config, "quiet") or self._get(self.config, "json"):
+            trainer = self._get(self.config, "trainer")
+            trainer.enable_progress_bar = trainer.enable_model_summary = False
+            logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+            warnings.simplefilter("ignore")
+
+    def instantiate_classes(self) -> None:
+        """Instantiate model, data and Trainer; errors of constructors are raised unchanged."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise _constructor_error(error) from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Instantiate the Trainer, with the pruning method among its callbacks."""
+        if self._get(self.config_init, "pruning") is not None:
+            self._parser(self.subcommand).callback_keys.append("pruning")
+        trainer = super().instantiate_trainer(**kwargs)
+        assert isinstance(trainer, Trainer)
+        return trainer
+
+    def after_prune(self) -> None:
+        """Print the result."""
+        if not self.trainer.is_global_zero:
+            return
+        callback = find_pruning_callback(self.trainer.callbacks)
+        output = self._get(self.config, "output")
+        as_json = self._get(self.config, "json")
+        print(_as_json(callback, output) if as_json else _as_text(callback, output))
+
+
+def instantiate(arguments: Sequence[str]) -> PruningCLI:
+    """Instantiate a recipe's model, data and Trainer without running anything.
+
+    Args:
+        arguments: Those of ``symprune prune``, such as ``["--config", "ria"]``.
+    """
+    return _make_cli(arguments, run=False)
+
+
+def run(arguments: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
+    """Run a command line.
+
+    Args:
+        arguments: Subcommand and options.
+        callbacks: Callbacks in addition to those of the configuration.
+    """
+    _make_cli(arguments, callbacks=callbacks)
+
+
+def recipe_files() -> dict[str, Path]:
+    """Return the recipes of the package by name."""
+    installed = Path(str(files("symprune_lightning"))) / "recipes"
+    # in a checkout the recipes are at the top level, where the wheel takes them from
+    folder = installed if installed.is_dir() else Path(__file__).parents[3] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> str:
+    """Return the path of a recipe: an existing file, or a recipe of the package.
+
+    Raises:
+        ValueError: There is no such file or recipe.
+    """
+    recipes = recipe_files()
+    path = Path(name).expanduser()
+    if path.is_file():
+        return str(path)
+    if name not in recipes:
+        raise ValueError(
+            f"there is no file or recipe {name}; the recipes are: {', '.join(recipes)}"
+        )
+    return str(recipes[name])
+
+
+def _resolve_recipes(arguments: Sequence[str]) -> list[str]:
+    """Replace names of recipes after ``--config`` by paths."""
+    resolved: list[str] = []
+    for argument in arguments:
+        if resolved and resolved[-1] in ("--config", "-c"):
+            resolved.append(find_recipe(argument))
+        elif argument.startswith("--config="):
+            resolved.append(f"--config={find_recipe(argument.removeprefix('--config='))}")
+        else:
+            resolved.append(argument)
+    return resolved
+
+
+def _make_cli(
+    arguments: Sequence[str], *, run: bool = True, callbacks: Sequence[Callback] = ()
+) -> PruningCLI:
+    with warnings.catch_warnings():
+        # raised for any arguments that are not sys.argv; ours have names of recipes replaced
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        return PruningCLI(
+            CausalLMModule,
+            CalibrationDataModule,
+            trainer_class=Trainer,
+            trainer_defaults={"callbacks": list(callbacks)} if callbacks else None,
+            parser_class=PathParser,
+            save_config_callback=None,
+            seed_everything_default=0,
+            args=_resolve_recipes(arguments),
+            run=run,
+            # the default usage lists every option, before any error message
+            parser_kwargs={
+                name: {"usage": f"symprune {name} [options]"} for name in PruningCLI.subcommands()
+            },
+        )
+
+
+def _constructor_error(error: ValueError) -> BaseException:
+    """Return the error of the first type of a union; jsonargparse reports all types, with values.
+
+    The first type is the one that is meant: ``SymPrune`` in ``SymPrune | None``.
+    """
+    cause: BaseException = error
+    while str(cause).startswith("Does not validate against any of the Union subtypes"):
+        if cause.__cause__ is None:
+            return cause
+        cause = cause.__cause__
+    return cause
+
+
+def _as_text(callback: PruningCallback, output: str | None) -> str:
+    assert callback.result is not None
+    result = callback.result
+    lines = [f"sparsity: {result.sparsity:.6f} over {len(result.layers)} layers"]
+    for name, dense in callback.dense_metrics.items():
+        lines.append(f"{name}: dense {dense:.4f}, pruned {callback.sparse_metrics[name]:.4f}")
+    if output is not None:
+        lines.append(f"checkpoint: {output}")
+    return "\n".join(lines)
+
+
+def _as_json(callback: PruningCallback, output: str | None) -> str:
+    assert callback.result is not None
+    return json.dumps(
+        {
+            "sparsity": callback.result.sparsity,
+            "layers": len(callback.result.layers),
+            "seconds": callback.seconds,
+            "dense": callback.dense_metrics,
+            "pruned": callback.sparse_metrics,
+            "output": output,
+        }
+    )

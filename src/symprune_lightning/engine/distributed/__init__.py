@@ -1,0 +1,1 @@
+"""Everything that uses ``torch.distributed``: collectives, DTensor helpers, sharded placement."""

@@ -1,0 +1,1 @@
+"""The suspended calibration forward and the statistics that it collects."""

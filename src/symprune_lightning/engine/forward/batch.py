@@ -1,0 +1,133 @@
+"""A calibration batch that can be suspended in the middle of the model's forward."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from symprune_lightning.engine.forward.recorder import LastInput
+
+
+class SuspendedBatch(greenlet.greenlet):
+    """One batch, whose forward runs in a greenlet of its own.
+
+    A greenlet is a call stack that can be left and entered again: the forward stops inside a hook,
+    with all its local variables alive, and continues when it is resumed.
+
+    Args:
+        run: The forward.
+        valid: Bool, one per token: False where it is padding; ``None`` without padding.
+    """
+
+    def __init__(self, run: Callable[[], object], valid: Tensor | None) -> None:
+        super().__init__(run)
+        self.gr_context = contextvars.copy_context()
+        self.valid = valid
+        self.last_input = LastInput()
+        self.is_measuring = False
+        """Whether layers record their inputs although the batch does not wait at them."""
+        self.is_exiting = False
+        """Whether the forward ends at the next layer that is not pruned."""
+        self.wait_point: Hashable = None
+        """Where the batch is suspended, ``None`` while it runs."""
+        self.finished_block: tuple[nn.Module, object] | None = None
+        """The block whose forward already ran outside the hooks of FSDP, and its output."""
+
+    def wait_at(self, wait_point: Hashable) -> None:
+        """Switch to the scheduler; return when it resumes this batch."""
+        self.wait_point = wait_point
+        # other batches run before this one continues, and torch keeps these modes per thread
+        modes = thread_modes()
+        assert self.parent is not None
+        self.parent.switch()
+        set_thread_modes(modes)
+        self.wait_point = None
+
+    def resume(self) -> None:
+        """Run until the batch waits or ends; an exception of its forward is raised here."""
+        modes = thread_modes()
+        try:
+            self.switch()
+        finally:
+            set_thread_modes(modes)
+
+    def end(self) -> None:
+        """Unwind a suspended batch with ``GreenletExit``, so that ``finally`` clauses run."""
+        modes = thread_modes()
+        if not self.dead:
+            self.throw()
+        set_thread_modes(modes)
+
+
+def current_batch() -> SuspendedBatch | None:
+    """Return the running batch; ``None`` if a hook is called from outside the run."""
+    batch = greenlet.getcurrent()
+    return batch if isinstance(batch, SuspendedBatch) else None
+
+
+def exit_forward() -> None:
+    """End the forward of the running batch without an error."""
+    raise greenlet.GreenletExit
+
+
+def valid_tokens(data: Any) -> Tensor | None:
+    """Return which tokens of a batch are real, if its ``attention_mask`` marks some as padding."""
+    mask = data.get("attention_mask") if isinstance(data, Mapping) else None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():
+        return mask.bool()
+    return None
+
+
+def thread_modes() -> tuple[Any, ...]:
+    """Return the modes that torch keeps per thread or process, which a forward may change."""
+    autocast = [
+        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+    ]
+    return torch.is_grad_enabled(), torch.get_default_dtype(), autocast
+
+
+def set_thread_modes(modes: tuple[Any, ...]) -> None:
+    """Set the modes that ``thread_modes`` returned."""
+    grad, default_dtype, autocast = modes
+    torch.set_grad_enabled(grad)
+    torch.set_default_dtype(default_dtype)
+    for device, enabled, dtype in autocast:
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+
+
+@contextmanager
+def replay_finished_blocks(block: nn.Module) -> Iterator[None]:
+    """Let the forward of a block return the output of a batch's ``finished_block``, if it is it.
+
+    A pre-hook can change the arguments of a forward, but cannot skip it. The instance's attribute
+    shadows the method of the class; it is removed afterwards, unless there was one already
+    (accelerate and others patch instances in the same way).
+    """
+    before = block.__dict__.get("forward")
+    block.forward = partial(_replay_or_call, block, block.forward)
+    try:
+        yield
+    finally:
+        del block.forward
+        if before is not None:
+            block.forward = before
+
+
+def _replay_or_call(
+    block: nn.Module, forward: Callable[..., object], *args: Any, **kwargs: Any
+) -> object:
+    batch = current_batch()
+    if batch is not None and batch.finished_block is not None:
+        finished, output = batch.finished_block
+        if finished is block:
+            batch.finished_block = None
+            return output
+    return forward(*args, **kwargs)

@@ -1,0 +1,45 @@
+"""A model and the calibration batches that run through it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
+from symprune_lightning.engine.placement import WeightPlacement
+
+Forward = Callable[[nn.Module, Any], object]
+"""Runs the model on one batch."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model and the batches that run through it.
+
+    Attributes:
+        model: The model, in the mode and on the device in which it is run.
+        batches: This rank's calibration batches.
+        forward: Runs the model on one batch.
+        placement: Placement of the weights.
+        communicator: The ranks that prune together.
+        offload: Target of the hidden states of batches that wait in front of a block: ``"cpu"``,
+            a folder, or ``None`` to leave them on the device.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any]
+    forward: Forward
+    placement: WeightPlacement
+    communicator: Communicator = SINGLE_PROCESS
+    offload: str | os.PathLike[str] | None = None
+
+
+def call_model(model: nn.Module, batch: Any) -> object:
+    """Call a model: mappings as keyword arguments, tuples and lists as positional ones."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)

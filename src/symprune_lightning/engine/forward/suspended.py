@@ -1,0 +1,292 @@
+"""The suspended forward: batches wait at the layer that is about to be pruned.
+
+Each batch runs the model's own forward in a greenlet of its own. At every *wait point* (a layer or
+a decoder block) the input is recorded and control returns to the scheduler. When every batch waits
+or has ended, the statistics of the first wait point are complete: it is pruned, and its batches
+resume through the sparse weights. Nothing is traced and no forward is copied, so any architecture
+works, whatever its arguments, masks and caches.
+
+Memory: about one hidden state per batch; for wait points inside a block, the block's activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from symprune_lightning.engine.forward.batch import (
+    SuspendedBatch,
+    current_batch,
+    exit_forward,
+    replay_finished_blocks,
+    valid_tokens,
+)
+from symprune_lightning.engine.forward.calibration import Calibration
+from symprune_lightning.engine.forward.offload import OffloadedTensor
+from symprune_lightning.engine.forward.recorder import Recorder
+from symprune_lightning.engine.layers.base import Layer, watch_layers
+from symprune_lightning.engine.layers.select import decoder_blocks, excluded_layers
+from symprune_lightning.functional.statistics import CalibrationOrder
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """The wait point in front of a block whose weights are loaded next."""
+
+    block: nn.Module
+
+
+WaitPoint = Layer | nn.Module | BlockEntry
+
+
+class SuspendedForward:
+    """Runs batches through a model and prunes each layer when its statistics are complete.
+
+    With several ranks, each runs its own batches and all ranks visit the wait points in the same
+    order, including a rank whose batches never reach one of them.
+
+    Args:
+        calibration: Model and batches.
+        layers: The layers to prune, in the order that breaks ties between waiting batches.
+        recorder: Collects the statistics.
+        prune: Called with layers whose statistics are complete. Changes their weights.
+        order: The calibration order.
+        restore: Called with modules whose weights have just been loaded, before batches use them.
+        restored: Layers that ``restore`` changes and that are not among ``layers``.
+
+    Attributes:
+        called_after_pruning: Names of layers that a batch called again after they were pruned;
+            these calls were not measured.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        layers: Sequence[Layer],
+        recorder: Recorder,
+        prune: Callable[[Sequence[Layer]], None],
+        order: CalibrationOrder = "layer",
+        restore: Callable[[set[nn.Module]], None] | None = None,
+        restored: Sequence[Layer] = (),
+    ) -> None:
+        self.calibration = calibration
+        self.layers = list(layers)
+        self.recorder = recorder
+        self.prune = prune
+        self.order = order
+        self.restore = restore or (lambda modules: None)
+        self.restored = list(restored)
+        self.placement = calibration.placement
+        self.called_after_pruning: set[str] = set()
+        self._layers_at = self._assign_layers()
+        self._wait_points = self._sort_wait_points()
+        # wait points that are not pruned yet; a dictionary as an ordered set
+        self._pending = dict.fromkeys(self._wait_points)
+
+    def run(self) -> None:
+        """Run all batches and prune.
+
+        Raises:
+            ValueError: No rank has a batch.
+        """
+        suspended: list[SuspendedBatch] = []
+        # a placement loads and writes the layers that are pruned here or were before
+        with self.placement.session([*self.layers, *self.restored]):
+            self.restore(self.placement.initially_loaded)
+            with self._hooks():
+                try:
+                    count, error = self._start(suspended)
+                    while (wait_point := self._next(suspended, error)) is not None:
+                        error = self._advance(wait_point, suspended)
+                finally:
+                    for batch in suspended:
+                        batch.end()
+            if self.order == "dense":
+                reached = [x for x in self.layers if self.recorder.was_reached(x.name)]
+                self.placement.for_each_block(reached, self.prune)
+        if not self.calibration.communicator.union_of_indices([0] if count else [], 1):
+            raise ValueError("the calibration set is empty: pass at least one batch")
+
+    def _start(self, suspended: list[SuspendedBatch]) -> tuple[int, Exception | None]:
+        """Start every batch; a batch that reaches no wait point finishes immediately."""
+        count = 0
+        try:
+            for data in self.calibration.batches:
+                forward = partial(self.calibration.forward, self.calibration.model, data)
+                batch = SuspendedBatch(forward, valid_tokens(data))
+                batch.is_measuring = self.order == "dense"
+                suspended.append(batch)
+                batch.resume()
+                if batch.dead:
+                    suspended.pop()
+                count += 1
+        except Exception as error:  # reported to the other ranks at the next wait point
+            return count, error
+        return count, None
+
+    def _next(self, suspended: list[SuspendedBatch], error: Exception | None) -> WaitPoint | None:
+        """Return the first wait point with batches of any rank; ``None`` if there is none."""
+        suspended[:] = [batch for batch in suspended if not batch.dead]
+        occupied = {batch.wait_point for batch in suspended}
+        indices = (i for i, point in enumerate(self._wait_points) if point in occupied)
+        end = len(self._wait_points)
+        index = self.calibration.communicator.all_reduce_min(next(indices, end), error)
+        return None if index == end else self._wait_points[index]
+
+    def _advance(
+        self, wait_point: WaitPoint, suspended: Sequence[SuspendedBatch]
+    ) -> Exception | None:
+        """Prune what is complete at a wait point, then resume its batches."""
+        if isinstance(wait_point, BlockEntry):
+            self.placement.load_only(wait_point.block)
+            if not self.placement.always_loaded:
+                self.restore(set(wait_point.block.modules()))
+        elif self.order != "dense":
+            layers = self._layers_at[wait_point]
+            self.prune([x for x in layers if self.recorder.was_reached(x.name)])
+        self._pending.pop(wait_point, None)
+        waiting = [batch for batch in suspended if batch.wait_point == wait_point]
+        try:
+            for batch in waiting:
+                # After the last prunable layer the rest of the forward (final norm, output
+                # projection) measures nothing. One batch runs on to the next excluded layer, to
+                # detect a pruned layer that the model calls a second time.
+                batch.is_exiting = not self._pending
+                if self._pending or batch is waiting[0]:
+                    batch.resume()
+                else:
+                    batch.end()
+        except Exception as error:  # reported to the other ranks at the next wait point
+            return error
+        return None
+
+    def _assign_layers(self) -> dict[Layer | nn.Module, list[Layer]]:
+        """Map each wait point to the layers that are pruned there, in model order."""
+        if self.order == "dense" and not self.placement.blocks:
+            return {}  # no layer is pruned during the forward
+        block_of: dict[nn.Module, nn.Module] = {}
+        if self.order == "block":
+            for block in decoder_blocks(self.calibration.model, self.layers):
+                block_of.update(dict.fromkeys(block.modules(), block))
+        layers_at: dict[Layer | nn.Module, list[Layer]] = {}
+        for layer in self.layers:
+            layers_at.setdefault(block_of.get(layer.module, layer), []).append(layer)
+        return layers_at
+
+    def _sort_wait_points(self) -> list[WaitPoint]:
+        """Return all wait points in model order; the entry of a block precedes its contents."""
+        position = {module: i for i, module in enumerate(self.calibration.model.modules())}
+
+        def module_of(point: WaitPoint) -> nn.Module:
+            if isinstance(point, BlockEntry):
+                return point.block
+            return point.module if isinstance(point, Layer) else point
+
+        points: list[WaitPoint] = [BlockEntry(block) for block in self.placement.blocks]
+        points += self._layers_at
+        # the sort is stable, so the entry of a block stays in front of the block itself
+        return sorted(points, key=lambda point: position[module_of(point)])
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        """Watch all layers, and hook the blocks that batches wait at or in front of."""
+        excluded = excluded_layers(self.calibration.model, self.layers)
+        blocks = [point for point in self._layers_at if isinstance(point, nn.Module)]
+        with ExitStack() as stack:
+            stack.enter_context(watch_layers(self.layers, self._visit))
+            stack.enter_context(watch_layers(excluded, self._visit_excluded))
+            # Prepended: these must run before the hooks of FSDP, which expect that a call is not
+            # interrupted. The entry of a block is registered last and so runs first.
+            hooks = [(block, self._wait_at_block) for block in blocks]
+            hooks += [(block, self._wait_at_entry) for block in self.placement.blocks]
+            for module, hook in hooks:
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+                stack.callback(handle.remove)
+            for block in self.placement.blocks:
+                stack.enter_context(replay_finished_blocks(block))
+            yield
+
+    def _visit(self, layer: Layer, x: Tensor) -> None:
+        """Record the input of a layer, and wait until it is pruned."""
+        batch = current_batch()
+        if batch is None:
+            return
+        if batch.is_measuring or layer in self._pending:
+            self.recorder.observe(layer, x, batch.last_input, batch.valid)
+        if layer in self._pending:
+            batch.wait_at(layer)
+        elif layer in self._layers_at:
+            self.called_after_pruning.add(layer.name)
+
+    def _visit_excluded(self, layer: Layer, x: Tensor) -> None:
+        """End a forward that has nothing left to measure."""
+        batch = current_batch()
+        # weights on the meta device at this point are the output projection of a streamed model,
+        # which is not loaded since no layer follows it
+        if batch is not None and (batch.is_exiting or layer.parameter.is_meta):
+            exit_forward()
+
+    def _wait_at_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Measure a block while it is dense, and wait until it is pruned."""
+        batch = current_batch()
+        if batch is None or batch.is_measuring:  # is_measuring: the call a few lines below
+            return
+        if block not in self._pending:
+            names = [layer.name for layer in self._layers_at[block]]
+            self.called_after_pruning.update(names)
+            return
+        # The output of this call is discarded, only the inputs of its layers count. It runs on
+        # copies, since a block may write to its arguments and is called again with them.
+        copies = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+        batch.is_measuring = True
+        block(*copies[0], **copies[1])
+        batch.is_measuring = False
+        del copies
+        self._wait_offloaded(batch, block, args, kwargs)
+
+    def _wait_at_entry(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Wait until a block is loaded."""
+        batch = current_batch()
+        entry = BlockEntry(block)
+        if batch is None or block is self.placement.current_block:
+            return
+        if entry not in self._pending:
+            raise ValueError(
+                f"a {type(block).__name__} is called twice in one forward pass, which is not "
+                f"supported for a model that is sharded or streamed block by block"
+            )
+        self._wait_offloaded(batch, entry, args, kwargs)
+        if self.order != "block":
+            # Batches are suspended inside the block. FSDP keeps one state per block, which the
+            # first batch that leaves it would reset under the others; so its hooks must not see
+            # these calls: the block runs here, before them, and its forward returns the output.
+            batch.finished_block = block, block.forward(*args, **kwargs)
+
+    def _wait_offloaded(
+        self,
+        batch: SuspendedBatch,
+        wait_point: WaitPoint,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Wait, with the hidden states offloaded meanwhile if that is requested."""
+        x = args[0] if args else kwargs.get("hidden_states")
+        target = self.calibration.offload
+        if target is None or not isinstance(x, Tensor):
+            batch.wait_at(wait_point)
+            return
+        offloaded = OffloadedTensor(x, target)
+        try:
+            batch.wait_at(wait_point)
+        finally:
+            offloaded.restore()

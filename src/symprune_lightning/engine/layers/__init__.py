@@ -1,0 +1,1 @@
+"""Prunable layers: kinds of layers, selection by name."""

@@ -1,0 +1,183 @@
+"""A prunable layer as a matrix view of a parameter, and the base class of layer kinds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from symprune_lightning.engine.distributed.dtensor import (
+    full_tensor,
+    is_dtensor,
+    local_tensor,
+    shard_like,
+)
+from symprune_lightning.functional.statistics import at_least_float32
+
+
+def identity(parameter: Tensor) -> Tensor:
+    """Return the parameter itself: the view of a layer that stores ``(out, in)``."""
+    return parameter
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A prunable matrix: a 2-D view of a parameter of some module.
+
+    Everything else in the engine sees ``(out_features, in_features)``; how a kind of layer stores
+    its weight is known to ``view`` alone. Layers compare by identity.
+
+    Attributes:
+        name: Qualified name, unique in the model.
+        module: The module that holds the parameter.
+        kind: The kind of layer, which knows how to observe its input.
+        parameter_name: Name of the parameter in the module.
+        view: Maps the stored parameter, or any tensor of its shape, to a view of shape
+            ``(out_features, in_features)`` on the same storage.
+        input_key: Distinguishes layers whose matrix inputs differ although their modules are
+            called with the same tensor (convolutions with other strides). Two layers share
+            statistics only if these are equal.
+    """
+
+    name: str
+    module: nn.Module
+    kind: LayerKind
+    parameter_name: str = "weight"
+    view: Callable[[Tensor], Tensor] = identity
+    input_key: Hashable = None
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as stored."""
+        parameter = getattr(self.module, self.parameter_name)
+        assert isinstance(parameter, Tensor)
+        return parameter
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(out_features, in_features)``."""
+        return self.view(torch.empty(self.parameter.shape, device="meta")).shape
+
+    def matrix(self) -> Tensor:
+        """Return the full ``W``, ``(out_features, in_features)``, in float32 at least.
+
+        A view of the parameter if that is no DTensor and not in half precision. Gathers DTensors:
+        every rank must call this.
+        """
+        return at_least_float32(self.view(full_tensor(self.parameter.detach())))
+
+    def zero_mask(self, mask: Tensor) -> Tensor:
+        """Return where the stored parameter is pruned, on this rank's shard.
+
+        Args:
+            mask: Bool, ``(out_features, in_features)``, True = kept.
+
+        Returns:
+            Bool in the shape of the local parameter, True = pruned. False for entries of the
+            parameter outside this layer's view.
+        """
+        stored = torch.zeros(self.parameter.shape, dtype=torch.bool, device=mask.device)
+        self.view(stored).copy_(~mask)
+        return shard_like(stored, self.parameter)
+
+    @torch.no_grad()
+    def mask_(self, mask: Tensor) -> None:
+        """Zero the pruned weights in place.
+
+        Args:
+            mask: Bool, ``(out_features, in_features)``, True = kept.
+        """
+        if is_dtensor(self.parameter):
+            local_tensor(self.parameter).masked_fill_(self.zero_mask(mask), 0)
+        else:
+            self.view(self.parameter.detach()).masked_fill_(~mask, 0)
+
+    @torch.no_grad()
+    def copy_(self, weight: Tensor) -> None:
+        """Replace the weight in place.
+
+        Args:
+            weight: ``(out_features, in_features)``, rounded to the parameter's dtype.
+        """
+        if not is_dtensor(self.parameter):
+            self.view(self.parameter.detach()).copy_(weight)
+            return
+        stored = torch.empty(self.parameter.shape, dtype=weight.dtype, device=weight.device)
+        if self.view(stored).numel() < stored.numel():  # other layers share the parameter
+            stored.copy_(full_tensor(self.parameter.detach()))
+        self.view(stored).copy_(weight)
+        local_tensor(self.parameter).copy_(shard_like(stored, self.parameter))
+
+
+Visit = Callable[[Layer, Tensor], None]
+"""Called with a layer and its input ``(..., tokens, in_features)``, before the layer uses it."""
+
+
+class LayerKind(ABC):
+    """Base class of kinds of layers: how their matrices are found and their inputs observed.
+
+    A new kind is one subclass in one file of ``engine/layers/kinds``, or in your own package.
+    """
+
+    @abstractmethod
+    def layers(self, name: str, module: nn.Module) -> list[Layer]:
+        """Return the prunable matrices of a module.
+
+        Args:
+            name: Qualified name of the module.
+            module: Any module of the model, without its children.
+
+        Returns:
+            The layers, in the order in which the module uses them; empty if the module is not of
+            this kind.
+        """
+
+    @abstractmethod
+    def watch(
+        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
+    ) -> AbstractContextManager[None]:
+        """Call ``visit(layer, x)`` before each use of a layer of this module.
+
+        Args:
+            module: The module.
+            layers: Its layers, as ``layers`` returned them.
+            visit: The callback. It may suspend the forward, prune the layer, or raise.
+
+        Returns:
+            A context manager; the module is as before when it exits.
+        """
+
+
+@contextmanager
+def watch_first_argument(
+    module: nn.Module, layers: Sequence[Layer], visit: Visit
+) -> Iterator[None]:
+    """Visit layers whose matrix input is the first argument of the module's forward."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        for layer in layers:
+            visit(layer, x)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def watch_layers(layers: Iterable[Layer], visit: Visit) -> Iterator[None]:
+    """Watch all given layers, grouped by the module that holds them."""
+    by_module: dict[nn.Module, list[Layer]] = {}
+    for layer in layers:
+        by_module.setdefault(layer.module, []).append(layer)
+    with ExitStack() as stack:
+        for module, members in by_module.items():
+            stack.enter_context(members[0].kind.watch(module, members, visit))
+        yield

@@ -1,0 +1,194 @@
+"""Selection of layers: which are pruned, in which order, and how names resolve to layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+import symprune_lightning.engine.layers.kinds  # noqa: F401 — registers the kinds of layers
+from symprune_lightning.engine.layers.base import Layer, LayerKind
+from symprune_lightning.functional.registry import leaves
+
+T = TypeVar("T")
+
+DEFAULT_IGNORE = (r"re:.*lm_head(\..*)?",)
+"""Layers ignored by default: the output projection, often tied to the embeddings."""
+
+FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def all_layers(model: nn.Module) -> list[Layer]:
+    """Return every layer of a known kind, in the order in which the model registers them."""
+    kinds = [kind() for kind in leaves(LayerKind)]  # type: ignore[type-abstract]
+    return [
+        layer
+        for name, module in model.named_modules()
+        for kind in kinds
+        for layer in kind.layers(name, module)
+    ]
+
+
+def find_layers(model: nn.Module, names: Iterable[str]) -> list[Layer]:
+    """Resolve names to layers.
+
+    Raises:
+        KeyError: The model has no layer of that name; the exception's argument is the name.
+    """
+    by_name = {layer.name: layer for layer in all_layers(model)}
+    return [by_name[name] for name in names]
+
+
+def prunable_layers(
+    model: nn.Module,
+    ignore: Sequence[str] = DEFAULT_IGNORE,
+    only: Sequence[str] | None = None,
+    *,
+    allow_meta: bool = False,
+) -> list[Layer]:
+    """Return the layers to prune, in the order in which the model registers them.
+
+    A parameter shared with a module that is no prunable layer (an output projection tied to the
+    embeddings) is never pruned; one shared by several layers is listed once.
+
+    Args:
+        model: Any module.
+        ignore: Layers to leave dense: qualified names, or regular expressions for the full name
+            prefixed with ``re:``.
+        only: Layers to prune, in the same form; ``None`` for all.
+        allow_meta: Accept weights on the meta device, which are loaded later.
+
+    Raises:
+        ValueError: No layer remains, an entry matches no layer, or a layer is quantised or has
+            no storage.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> [layer.name for layer in prunable_layers(model, ignore=["re:2"])]
+        ['0']
+    """
+    candidates = all_layers(model)
+    names = [layer.name for layer in candidates]
+    ignored = {
+        name
+        for entry in ignore
+        # the default may match nothing: not every model has an output projection
+        for name in matching(entry, names, required=entry not in DEFAULT_IGNORE)
+    }
+    if only is not None:
+        ignored |= set(names) - {name for entry in only for name in matching(entry, names)}
+    owners = _parameter_owners(model, candidates)
+    layers = []
+    for layer in candidates:
+        if layer.name in ignored:
+            continue
+        # one parameter may hold several layers, but only of the module that owns it
+        if owners.setdefault(id(layer.parameter), layer.module) is layer.module:
+            _check_weight(layer, allow_meta=allow_meta)
+            layers.append(layer)
+    if not layers:
+        raise ValueError(
+            f"nothing to prune: {type(model).__name__} has {len(candidates)} Linear or Conv1D "
+            f"layers, and all are ignored ({', '.join(ignore) or 'none'}) or tied to other modules"
+        )
+    return layers
+
+
+def _parameter_owners(model: nn.Module, layers: Sequence[Layer]) -> dict[int, nn.Module]:
+    """Map the parameters of modules that hold no layer to these modules."""
+    holders = {layer.module for layer in layers}
+    others = [module for module in model.modules() if module not in holders]
+    return {id(p): module for module in others for p in module.parameters(recurse=False)}
+
+
+def excluded_layers(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
+    """Return the layers that are not pruned, such as the output projection."""
+    pruned = {layer.name for layer in layers}
+    return [layer for layer in all_layers(model) if layer.name not in pruned]
+
+
+def decoder_blocks(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
+    """Yield the repeated blocks of a model.
+
+    Found by structure, not by name: a block is a child of a ``ModuleList`` or ``Sequential`` that
+    contains some of ``layers`` and is not itself inside another block.
+    """
+    holders = {layer.module for layer in layers}
+
+    def search(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            contains_layers = child not in holders and not holders.isdisjoint(child.modules())
+            if contains_layers and isinstance(module, nn.ModuleList | nn.Sequential):
+                yield child
+            elif contains_layers:
+                yield from search(child)
+
+    return search(model)
+
+
+def expand_by_layer(settings: Mapping[str, T], layers: Sequence[Layer]) -> dict[str, T]:
+    """Expand settings given by name or regular expression; the first matching entry wins.
+
+    Args:
+        settings: Names, or regular expressions prefixed with ``re:``, to settings.
+        layers: The layers to prune.
+
+    Returns:
+        Layer name to setting, for layers that an entry matches.
+
+    Raises:
+        ValueError: An entry matches no layer or is not a valid regular expression.
+    """
+    names = [layer.name for layer in layers]
+    expanded: dict[str, T] = {}
+    for pattern, setting in settings.items():
+        for name in matching(pattern, names):
+            expanded.setdefault(name, setting)
+    return expanded
+
+
+def matching(pattern: str, names: Sequence[str], *, required: bool = True) -> list[str]:
+    """Return the names that equal ``pattern``, or fully match it if it is prefixed with ``re:``.
+
+    Raises:
+        ValueError: The expression is invalid, or nothing matches although ``required``.
+
+    Examples:
+        >>> matching("re:.*q_proj", ["layers.0.q_proj", "layers.0.k_proj"])
+        ['layers.0.q_proj']
+    """
+    regex = pattern[3:] if pattern.startswith("re:") else re.escape(pattern)
+    try:
+        matches = [name for name in names if re.fullmatch(regex, name)]
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from None
+    if required and not matches:
+        raise ValueError(
+            f"{pattern!r} matches none of the {len(names)} layers, which are: "
+            f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        )
+    return matches
+
+
+def _check_weight(layer: Layer, *, allow_meta: bool) -> None:
+    if layer.module._parameters.get(layer.parameter_name) is None:
+        raise ValueError(
+            f"layer {layer.name} computes its weight (a parametrization, or torch.nn.utils.prune): "
+            f"zeros would not persist; make the weight a plain parameter first"
+        )
+    weight = layer.parameter
+    if weight.dtype not in FLOATING_DTYPES or len(layer.shape) != 2:
+        raise ValueError(
+            f"layer {layer.name} holds {weight.dtype} of shape {tuple(weight.shape)}: it is "
+            f"quantised; prune the model before quantising it"
+        )
+    if weight.device.type == "mps":
+        raise ValueError(
+            f"layer {layer.name} is on Apple's MPS device, which has no float64 for the "
+            f"statistics: move the model to the CPU, or use Trainer(accelerator='cpu')"
+        )
+    if weight.is_meta and not allow_meta:
+        raise ValueError(f"layer {layer.name} is on the meta device; load its weights first")

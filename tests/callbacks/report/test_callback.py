@@ -1,0 +1,106 @@
+"""The report shows the figures of the manifest and loads nothing from the network."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from symprune_lightning import CalibrationDataModule, CausalLMModule, Report, SymPrune, Trainer
+from symprune_lightning.checkpoints.manifest import read_manifest
+from tests.models import build
+from tests.texts import texts, tokenizer
+
+
+def run(folder, *callbacks, output="out", **options):
+    data = CalibrationDataModule(
+        texts(), tokenizer(), sequences=4, sequence_length=16, evaluation_sequences=4
+    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(**{**quiet, "accelerator": "cpu", **options})
+    module = CausalLMModule(build("llama"))
+    arguments = {"datamodule": data, "callbacks": list(callbacks)}
+    if output is None:
+        trainer.validate(module, **arguments, verbose=False)
+    else:
+        trainer.prune(module, output=str(folder / output), **arguments)
+
+
+class Page(HTMLParser):
+    """Texts of table cells, headings and figures of a page, and the addresses it loads."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.cells, self.bold, self.headings, self.loaded, self.inside = [], [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = tag
+        self.loaded += [v for k, v in attributes if k in ("src", "href")]
+
+    def handle_data(self, data):
+        if self.inside == "td":
+            self.cells.append(data.strip())
+        if self.inside == "b":
+            self.bold.append(data.strip())
+        if self.inside == "h2" and data.strip():
+            self.headings.append(data.strip())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_figures_are_those_of_the_manifest(tmp_path, order):
+    report = Report(prompts=["w1 w2 w3", "<w4>"], new_tokens=4)
+    run(tmp_path, *[report, SymPrune("ria", sparsity=0.6, refine="exactswap")][::order])
+    manifest = read_manifest(tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    page = Page(text)
+    metrics = manifest["metrics"]
+    for name, value in metrics["pruned"].items():
+        assert f"{metrics['dense'][name]:.4f} → {value:.4f}" in page.bold
+    assert f"{100 * manifest['sparsity']:.2f} %" in page.bold
+    cells = [c for c in page.cells if c]
+    rows = [cells[i : i + 7] for i in range(0, len(cells), 7)]
+    assert len(rows) == 14
+    for row, layer in zip(rows, manifest["layers"], strict=True):
+        assert row[0] == layer["name"]
+        assert row[2:6] == [
+            f"{layer['sparsity']:.4f}",
+            f"{layer['error']:.4f}",
+            f"{layer['error_refined']:.4f}",
+            str(layer["swaps"]),
+        ]
+    assert page.bold.count("dense") == page.bold.count("pruned") == 2
+    assert "Generated text" in page.headings
+    assert "&lt;w4&gt;" in text
+    assert "<w4>" not in text
+    assert all(x.startswith("data:") for x in page.loaded)
+    assert not re.search(r"https?://", text)
+    images = {p.stem for p in (tmp_path / "out" / "symprune").glob("*.png")}
+    assert images == {"error", "sparsity", "swaps", "scores", "masks", "time"}
+    assert text.count("data:image/png;base64,") == len(images)
+
+
+def test_a_method_without_data_has_fewer_figures(tmp_path):
+    run(tmp_path, Report(prompts=[]), SymPrune("magnitude", baseline=False))
+    images = {p.stem for p in (tmp_path / "out" / "symprune").glob("*.png")}
+    assert images == {"sparsity", "scores", "masks", "time"}
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert page.headings[-2:] == ["Layers", "Settings"]
+    assert "Generated text" not in page.headings
+
+
+def test_loggers_get_scalars_and_figures(tmp_path):
+    loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path, name="board")]
+    report = Report(folder=str(tmp_path / "page"), prompts=[])
+    run(tmp_path, SymPrune(), report, output=None, logger=loggers)
+    assert (tmp_path / "page" / "report.html").is_file()
+    lines = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
+    head = next(line for line in lines if "pruning/error" in line)
+    assert "pruning/sparsity" in head
+    board = EventAccumulator(str(next(tmp_path.rglob("events.out*")).parent)).Reload()
+    assert "pruning/error" in board.Tags()["scalars"]
+    assert len(board.Scalars("pruning/error")) == 14
+    assert "pruning/error" in board.Tags()["images"]

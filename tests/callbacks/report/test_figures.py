@@ -1,0 +1,54 @@
+"""Histograms of scores, and the choice of the layers that are drawn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from symprune_lightning import PruningHooks, prune_model
+from symprune_lightning.callbacks.report.figures import chosen_layers, figures, histogram
+from tests.models import batches, build
+
+
+class Scores(PruningHooks):
+    def __init__(self) -> None:
+        self.layers = {}
+
+    def on_layer_scored(self, layer, scores, mask):
+        self.layers[layer] = scores, mask
+
+
+def test_histograms_of_a_run_show_its_scores_and_masks():
+    model, scores = build("llama"), Scores()
+    prune_model(model, batches(), hooks=[scores], sparsity=0.25)
+    assert len(scores.layers) == 14
+    for name, (score, mask) in scores.layers.items():
+        weight = model.get_submodule(name).weight
+        assert torch.equal(mask, weight != 0)
+        kept = score.masked_fill(~mask, torch.inf).amin(1)
+        assert (kept >= score.masked_fill(mask, -torch.inf).amax(1)).all()
+        distribution = histogram(score, mask)
+        assert sum(distribution.pruned) == pytest.approx(0.25, abs=0.02)
+        assert sum(distribution.kept) == pytest.approx(0.75, abs=0.02)
+
+
+def test_no_histogram_without_different_scores():
+    assert histogram(torch.full((4, 4), -torch.inf), torch.zeros(4, 4, dtype=torch.bool)) is None
+    assert histogram(torch.ones(4, 4), torch.ones(4, 4, dtype=torch.bool)) is None
+
+
+def test_chosen_layers():
+    assert chosen_layers([str(i) for i in range(11)]) == ["0", "2", "4", "6", "8", "10"]
+    assert chosen_layers(["a"]) == ["a"]
+
+
+def test_figures_without_data_are_left_out():
+    layers = [{"name": "fc", "sparsity": 0.5, "error": None, "error_refined": None, "swaps": 0}]
+    assert figures(layers, {}, {}, {}).keys() == {"sparsity"}
+    masks = {"fc": torch.eye(4, dtype=torch.bool)}
+    times = {"loading": 1.0}
+    measured = [{**layers[0], "error": 0.2, "error_refined": 0.1, "swaps": 3}]
+    drawn = figures(measured, masks, {"fc": histogram(torch.rand(4, 4), masks["fc"])}, times)
+    assert drawn.keys() == {"sparsity", "error", "swaps", "time", "scores", "masks"}
+    legend = drawn["error"].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["mask of the score", "refined mask"]

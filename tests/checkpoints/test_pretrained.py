@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from symprune_lightning.checkpoints.pretrained import (
+    load_model,
+    load_tokenizer,
+    local_folder,
+    resolve_source,
+)
+from tests.models import build
+from tests.texts import tokenizer
+
+CUSTOM_CODE = """
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({marker!r}).touch()
+
+
+class CustomConfig(LlamaConfig):
+    model_type = "custom"
+
+
+class CustomForCausalLM(LlamaForCausalLM):
+    config_class = CustomConfig
+"""
+
+
+def test_local_folder_is_loaded(tmp_path):
+    model = build("qwen3")
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), dtype="float32")
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert load_tokenizer(str(tmp_path)).eos_token_id == tokenizer().eos_token_id
+
+
+@pytest.mark.parametrize("path", ["./no/such/model", "/no/such/model", "no/such.gguf", "~/no"])
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, resolve_source])
+def test_missing_path(load, path):
+    with pytest.raises(FileNotFoundError, match=r"no model at .*expected a folder"):
+        load(path)
+
+
+def test_unknown_dtype(tmp_path):
+    with pytest.raises(ValueError, match=r"dtype must be 'auto', .* but got 'float8'"):
+        load_model(str(tmp_path), dtype="float8")
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    model = build("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_model(str(tmp_path))
+
+
+def test_custom_code_runs_only_with_trust_remote_code(tmp_path, monkeypatch):
+    # transformers copies the code to this folder and imports it from there
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    folder, marker = tmp_path / "model", tmp_path / "executed"
+    build("llama").save_pretrained(folder)
+    (folder / "modeling_custom.py").write_text(CUSTOM_CODE.format(marker=str(marker)))
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "custom"
+    config["auto_map"] = {
+        "AutoConfig": "modeling_custom.CustomConfig",
+        "AutoModelForCausalLM": "modeling_custom.CustomForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        load_model(str(folder))
+    assert not marker.exists()
+    model = load_model(str(folder), trust_remote_code=True)
+    assert marker.exists()
+    assert type(model).__name__ == "CustomForCausalLM"
+
+
+def test_resolve_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model.gguf").touch()
+    assert resolve_source("~/model") == tmp_path / "model"
+    assert resolve_source(str(tmp_path / "model.gguf")) == tmp_path / "model.gguf"
+    monkeypatch.chdir(tmp_path)
+    assert resolve_source("model") == Path("model")
+    assert resolve_source("org/model") == "org/model"
+
+
+def test_local_folder_of_paths_and_cached_hub_models(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--model" / "snapshots" / "1a2b3c"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    (tmp_path / "models--org--model" / "refs").mkdir()
+    (tmp_path / "models--org--model" / "refs" / "main").write_text("1a2b3c")
+    assert local_folder("org/model") == snapshot
+    assert local_folder(str(snapshot)) == snapshot
+    for missing in ("", "org/other", "./no/such/model", "not a hub name"):
+        assert local_folder(missing) is None

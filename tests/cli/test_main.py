@@ -1,0 +1,341 @@
+"""The ``symprune`` command: results, errors, interruptions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from symprune_lightning.checkpoints.manifest import read_manifest
+from symprune_lightning.cli.parser import recipe_files
+from tests.cli.commands import INTERRUPTING, interrupt, run_command, small
+
+RECIPES = sorted(recipe_files())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_prune(recipe, project, symprune, capsys):
+    output = project / "out"
+    symprune("prune", "--config", recipe, *small(project), "--output", output)
+    manifest = read_manifest(output)
+    assert manifest["sparsity"] == pytest.approx(0.5, abs=0.02)  # rows are short here
+    assert (output / "model.safetensors").is_file()
+    printed = capsys.readouterr().out
+    assert f"sparsity: {manifest['sparsity']:.6f} over 14 layers" in printed
+    assert f"pruned {manifest['metrics']['pruned']['val_perplexity']:.4f}" in printed
+    assert f"checkpoint: {output}" in printed
+
+
+def test_validate_prunes_too(project, symprune, capsys):
+    metrics = []
+    for sparsity in (0.0, 0.9):
+        options = [f"--pruning.sparsity={sparsity}", "--pruning.baseline=false"]
+        symprune("validate", "--config", "wanda", *small(project), *options)
+        lines = capsys.readouterr().out.splitlines()
+        metrics += [line for line in lines if "val_perplexity" in line]
+    assert len(metrics) == 2
+    assert metrics[0] != metrics[1]
+
+
+def test_fit_keeps_zeros(project, symprune, monkeypatch):
+    (project / "tune.yaml").write_text(
+        "trainer: {max_epochs: 1, logger: false, enable_checkpointing: false,\n"
+        "  callbacks: [symprune_lightning.MaskedFinetuning, check_zeros.CheckZeros]}\n"
+        "data: {training_sequences: 4}\n"
+        "pruning: {sparsity: 0.5, when: fit_start}\n"
+    )
+    (project / "check_zeros.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class CheckZeros(Callback):\n"
+        "    def on_train_end(self, trainer, module):\n"
+        "        zeros = [(p == 0).float().mean() for n, p in module.named_parameters()\n"
+        "                 if n.endswith('proj.weight')]\n"
+        f"        with open({str(project / 'zeros.txt')!r}, 'w') as file:\n"
+        "            print(len(zeros), float(min(zeros)), file=file)\n"
+    )
+    monkeypatch.syspath_prepend(project)
+    symprune("fit", "--config", project / "tune.yaml", *small(project))
+    assert (project / "zeros.txt").read_text() == "14 0.5\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.pretrained=./nowhere"], "symprune: no model at nowhere: expected a folder"),
+        (["--data.sequences=4000"], "symprune: the texts for calibration are too short"),
+        (["--pruning.sparsity=1.5"], "symprune: sparsity is 1.5, but "),
+        (["--pruning.score=wander"], "symprune: no Score is called 'wander'; choose"),
+    ],
+)
+def test_user_errors_are_one_line(project, symprune, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        symprune("prune", "--config", "ria", *small(project), *arguments)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe(project, symprune):
+    with pytest.raises(SystemExit) as error:
+        symprune("prune", "--config", "wander", *small(project))
+    assert str(error.value).startswith("symprune: there is no file or recipe wander; the recipes")
+    assert all(recipe in str(error.value) for recipe in RECIPES)
+
+
+def test_an_invalid_option_is_reported_without_the_list_of_options(project, symprune, capsys):
+    with pytest.raises(SystemExit):
+        symprune("prune", "--config", "ria", *small(project), "--trainer.callbacks=NoSuchCallback")
+    error = capsys.readouterr().err
+    assert error.startswith("usage: symprune prune [options]\n")
+    assert "NoSuchCallback" in error
+    assert "--trainer.accelerator" not in error
+
+
+def test_tracebacks_on_request(project, symprune, monkeypatch):
+    arguments = ["prune", "--config", "wanda", *small(project), "--data.sequences=100000"]
+    with pytest.raises(SystemExit, match=r"symprune: the texts for calibration are too short"):
+        symprune(*arguments)
+    monkeypatch.setenv("SYMPRUNE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="too short"):
+        symprune(*arguments)
+
+
+def test_help_is_short(symprune, capsys):
+    for arguments in ([], ["--help"], ["-h"]):
+        symprune(*arguments)
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) < 25
+        assert "symprune prune --config" in text
+
+
+def test_help_imports_neither_torch_nor_lightning():
+    code = (
+        "import sys\n"
+        "from symprune_lightning.cli.main import main\n"
+        "sys.argv = ['symprune', '--help']\n"
+        "main()\n"
+        "print({'torch', 'lightning', 'transformers'} & set(sys.modules))\n"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("usage: symprune COMMAND")
+    assert run.stdout.splitlines()[-1] == "set()"
+
+
+def test_the_installed_command_lists_its_options():
+    run = run_command("prune", "--help")
+    assert run.returncode == 0
+    for option in ("--output", "--stream", "--pruning", "--data.dataset", "--json"):
+        assert f" {option} " in run.stdout
+
+
+def test_options_of_the_pruning_method_are_listed(symprune, capsys):
+    with pytest.raises(SystemExit) as stop:
+        symprune("prune", "--pruning.help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("score", "sparsity", "pattern", "refine", "solver", "calibration_order"):
+        assert f" --pruning.{option} " in text
+
+
+def test_streaming_writes_the_same_weights(project, symprune, capsys):
+    arguments = ["prune", "--config", "ria-exactswap", *small(project)]
+    symprune(*arguments, "--output", project / "in-memory")
+    symprune(*arguments, "--output", project / "streamed", "--stream", "true", "--json")
+    printed = capsys.readouterr().out
+    assert "checkpoint: " in printed
+    result = json.loads(printed.splitlines()[-1])
+    assert result["output"] == str(project / "streamed")
+    assert result["seconds"] > 0
+    expected, streamed = (
+        AutoModelForCausalLM.from_pretrained(project / name).state_dict()
+        for name in ("in-memory", "streamed")
+    )
+    for name, weight in expected.items():
+        assert torch.equal(streamed[name], weight), name
+    assert read_manifest(project / "streamed")["metrics"] == {"dense": {}, "pruned": {}}
+    assert (project / "streamed" / "tokenizer.json").is_file()
+
+
+def test_streaming_needs_an_output(project, symprune):
+    with pytest.raises(SystemExit, match="stream=True needs an output folder"):
+        symprune("prune", "--config", "wanda", *small(project), "--stream", "true")
+
+
+def test_json_is_the_only_output(project):
+    output = project / "out"
+    run = run_command("prune", "--config", "wanda", *small(project), "--output", output, "--json")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    manifest = read_manifest(output)
+    assert result["sparsity"] == manifest["sparsity"]
+    assert result["dense"] == manifest["metrics"]["dense"]
+    assert result["pruned"] == manifest["metrics"]["pruned"]
+    assert result["output"] == str(output)
+    assert "Validation" not in run.stderr
+
+
+def test_one_line_per_block_without_a_terminal(project, symprune, capfd):
+    symprune("prune", "--config", "wanda", *small(project))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pruned ")]
+    assert [line.split()[1] for line in lines] == ["7", "14"]
+    assert "model.layers.0 " in lines[0]
+    assert " tokens/s  " in lines[1]
+    assert "GiB" in lines[1]
+    symprune("prune", "--config", "wanda", *small(project), "--quiet")
+    captured = capfd.readouterr()
+    assert "pruned    7" not in captured.err
+    assert captured.out.startswith("sparsity: ")
+
+
+def test_classes_in_the_current_directory(project, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "my_score.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from symprune_lightning import Magnitude\n"
+        "@dataclass(frozen=True)\n"
+        "class Least(Magnitude):\n"
+        "    power: float = 1.0\n"
+        "    def __call__(self, weight, statistics):\n"
+        "        return -weight.abs() ** self.power\n"
+    )
+    score = ["--pruning.score", "my_score.Least", "--pruning.score.power", "2"]
+    output = ["--output", project / "out"]
+    run = run_command(
+        "prune", "--config", "magnitude", *small(project), *output, *score, cwd=folder
+    )
+    assert run.returncode == 0, run.stderr
+    assert read_manifest(project / "out")["settings"]["score"] == {"name": "Least", "power": 2.0}
+
+
+PRUNING_CALLBACK = """
+from symprune_lightning import Magnitude, PruningCallback, PruningMethod, prune_with
+
+
+class Own(PruningCallback):
+    def __init__(self, sparsity: float = 0.5):
+        super().__init__()
+        self.sparsity = sparsity
+
+    @property
+    def settings(self):
+        return {"own": self.sparsity}
+
+    def prune(self, model, batches, fraction, options):
+        return prune_with(model, batches, PruningMethod(Magnitude(), self.sparsity), options)
+"""
+
+
+def test_a_pruning_callback_of_the_user(project, symprune, monkeypatch):
+    (project / "own_callback.py").write_text(PRUNING_CALLBACK)
+    (project / "own.yaml").write_text(
+        "trainer:\n"
+        "  callbacks: [{class_path: own_callback.Own, init_args: {sparsity: 0.25}}]\n"
+        "  logger: false\n"
+        "  enable_checkpointing: false\n"
+    )
+    monkeypatch.chdir(project)
+    arguments = ["prune", "--config", "own.yaml", *small(project), "--output", "out"]
+    with pytest.raises(SystemExit, match=r"exactly one pruning callback .* there are 2"):
+        symprune(*arguments)
+    symprune(*arguments, "--pruning", "null")
+    manifest = read_manifest(project / "out")
+    assert manifest["settings"] == {"own": 0.25}
+    assert manifest["sparsity"] == 0.25
+
+
+def test_an_interrupted_run_is_resumed(project):
+    (project / "interrupting.py").write_text(INTERRUPTING)
+    arguments = ["prune", "--config", "ria-exactswap", *small(project), "--output", project / "out"]
+    run = run_command(*arguments, *interrupt(layer=9), cwd=project)
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last == "symprune: interrupted; rerun the same command to resume"
+    assert "Traceback" not in run.stderr
+    assert (project / ".out.journal" / "block-00000.safetensors").is_file()
+    assert not (project / "out").exists()
+    run = run_command(*arguments)
+    assert run.returncode == 0, run.stderr
+    assert not (project / ".out.journal").exists()
+    assert read_manifest(project / "out")["sparsity"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_interrupted_without_output_nothing_can_be_resumed(project, symprune, monkeypatch):
+    (project / "interrupting.py").write_text(INTERRUPTING)
+    monkeypatch.syspath_prepend(project)
+    with pytest.raises(SystemExit) as stop:
+        symprune("prune", "--config", "wanda", *small(project), *interrupt(layer=2))
+    assert str(stop.value) == "symprune: interrupted"
+
+
+@pytest.fixture
+def journal(project, symprune, monkeypatch):
+    """The journal of a run that was interrupted in its second block."""
+    (project / "interrupting.py").write_text(INTERRUPTING)
+    monkeypatch.syspath_prepend(project)
+    arguments = ["prune", "--config", "wanda", *small(project), "--output", project / "out"]
+    with pytest.raises(SystemExit, match="rerun the same command to resume"):
+        symprune(*arguments, *interrupt(layer=9))
+    return arguments, project / ".out.journal"
+
+
+def test_another_method_does_not_resume(journal, symprune):
+    arguments, folder = journal
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(SystemExit, match=r"symprune: .*\.out\.journal is the journal of another"):
+        symprune(*arguments, "--pruning.sparsity=0.25")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("version", [0, 2, None])
+def test_a_journal_of_another_format_version(journal, symprune, version):
+    arguments, folder = journal
+    recorded = json.loads((folder / "run.json").read_text())
+    assert recorded.pop("format_version") == 1
+    if version is not None:
+        recorded["format_version"] = version
+    (folder / "run.json").write_text(json.dumps(recorded))
+    with pytest.raises(SystemExit, match=r"reads format 1: resume .* or delete the folder"):
+        symprune(*arguments)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    symprune(*arguments)
+
+
+DYING = """
+import os, sys
+from tests.killing import dying_at
+os.fsync = dying_at(int(sys.argv.pop(1)))(os.fsync)
+from symprune_lightning.cli.main import main
+sys.argv[0] = "symprune"
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_killed_run_is_resumed_by_the_same_command(project, stream):
+    def run(output, calls):
+        command = [sys.executable, "-c", DYING, str(calls), "prune", "--config", "ria-r2dsnot"]
+        command += [*small(project), "--stream", stream, "--output", str(project / output)]
+        return subprocess.run(command, check=False, capture_output=True, text=True)
+
+    assert run("expected", 0).returncode == 0
+    # while writing the journal's header, a block, the checkpoint
+    for calls in (1, 4, 9):
+        killed = run("killed", calls)
+        assert killed.returncode == -9, killed.stderr
+        assert not (project / "killed").exists()
+    assert run("killed", 0).returncode == 0
+    files = list((project / "expected").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        written = load_file(project / "killed" / file.relative_to(project / "expected"))
+        for name, value in load_file(file).items():
+            assert torch.equal(written[name], value), name
+    assert not [path.name for path in project.iterdir() if path.name.startswith(".")]
