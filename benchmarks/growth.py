@@ -11,7 +11,7 @@ The formula, for the calibration order ``layer``, in bytes:
 
     tokens · 4 · (2 · hidden + intermediate)    the batches suspended in a block: the residual
                                                 stream, the normalized input and the gate's output
-  + weights pruned                              masks, one byte each
+  + weights pruned / 8                          masks, one bit each
   + 4 · 5 · largest layer                       float32 copies while one layer is scored
 
 It counts memory in use. glibc keeps freed memory between allocations in use, so every run is
@@ -111,7 +111,7 @@ def work(case: Case, part: str) -> dict[str, float]:
     return {
         "seconds": seconds,
         "rise": memory("VmHWM") - before,
-        "formula": case.sequences * LENGTH * bytes_per_token + sum(sizes) + 4 * 5 * max(sizes),
+        "formula": case.sequences * LENGTH * bytes_per_token + sum(sizes) // 8 + 4 * 5 * max(sizes),
         "weights": sum(sizes),
     }
 

@@ -32,9 +32,11 @@ from symprune_lightning import (
     CausalLMModule,
     DSnoT,
     ExactSwap,
+    GradientWanda,
     OBSUpdate,
     Progression,
     R2DSnoT,
+    Sensitivity,
     SparseGPT,
     SymPrune,
     Trainer,
@@ -60,7 +62,11 @@ REFINERS: dict[str, Any] = {
     "ExactSwap": ExactSwap(),
 }
 EXACT: Settings = {"score": "ria", "refine": ExactSwap()}
+GRADIENT: Settings = {"score": GradientWanda(), "group": "layer", "allocation": Sensitivity()}
 COMPOSITIONS: dict[str, Settings] = {
+    "GradientWanda + Sensitivity": GRADIENT,
+    "GradientWanda + ExactSwap + Sensitivity": {**GRADIENT, "refine": ExactSwap()},
+    "RIA + ExactSwap + Sensitivity": {**EXACT, "allocation": Sensitivity()},
     "SparseGPT": {"solver": SparseGPT()},
     "SparseGPT, group layer": {"solver": SparseGPT(), "group": "layer"},
     "RIA + OBSUpdate": {"score": "ria", "update": OBSUpdate()},
@@ -89,6 +95,7 @@ MAIN = (
     *("Magnitude", "Wanda", "RIA", "RIA + R²-DSnoT", "RIA + R²-DSnoT (gram)", "RIA + ExactSwap"),
     *("SparseGPT", "RIA + ExactSwap + OBSUpdate", "RIA + ExactSwap + Progression"),
     "RIA + ExactSwap + OBSUpdate + Progression",
+    *("GradientWanda + Sensitivity", "GradientWanda + ExactSwap + Sensitivity"),
 )
 FIELDS = ("budget", "method", "seed", "perplexity", "seconds", "error")
 

@@ -53,8 +53,9 @@ def import_names(tree: ast.AST) -> Iterator[str]:
 
 def row_of(name: str) -> str:
     """Row of the table that a module of the package belongs to."""
-    parts = name.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+    row = ".".join(name.split(".")[:2])
+    known = any(module == row or module.startswith(f"{row}.") for module in MODULES)
+    return row.removeprefix(f"{PACKAGE}.") if known and row != PACKAGE else "__init__"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped without one."""
+"""Tests that need a GPU; skipped without one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from symprune_lightning import (
     StreamedCheckpoint,
     SymPrune,
     Trainer,
+    load_masks,
     prune_model,
 )
 from tests.models import VOCABULARY, batches, build
@@ -33,14 +34,14 @@ def on_gpu():
     return [{name: x.cuda() for name, x in batch.items()} for batch in batches()]
 
 
-@pytest.mark.parametrize("schedule", ["layer", "block", "dense"])
+@pytest.mark.parametrize("calibration_order", ["layer", "block", "dense"])
 @pytest.mark.parametrize("method", METHODS)
-def test_masks_are_nearly_those_of_the_cpu(method, schedule):
-    options = {**METHODS[method], "schedule": schedule}
+def test_masks_are_nearly_those_of_the_cpu(method, calibration_order):
+    options = {**METHODS[method], "calibration_order": calibration_order}
     cpu = prune_model(build("llama"), batches(), **options)
     gpu = prune_model(build("llama").cuda(), on_gpu(), **options)
     assert gpu.sparsity == cpu.sparsity
-    first = next(iter(cpu.masks))  # later ones see what rounding did to the earlier
+    first = next(iter(cpu.masks))  # rounding changes the inputs of later layers
     assert (gpu.masks[first] != cpu.masks[first]).float().mean() < 0.02
 
 
@@ -60,10 +61,11 @@ def test_streaming_through_a_gpu(tmp_path):
     build("llama").save_pretrained(tmp_path / "dense")
     checkpoint = StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse", device="cuda")
     with checkpoint:
-        result = prune_model(checkpoint, on_gpu(), score="wanda")
+        result = prune_model(checkpoint.model, on_gpu(), score="wanda", placement=checkpoint)
         checkpoint.save({})
     layers = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").model.layers
     assert (layers[1].mlp.up_proj.weight == 0).float().mean() == result.sparsity
+    assert load_masks(tmp_path / "sparse") == result.masks
 
 
 def test_masked_finetuning_with_a_gradient_scaler():
@@ -91,7 +93,7 @@ def test_masked_finetuning_with_a_gradient_scaler():
         assert not weight[~mask].any(), name
 
 
-def test_two_of_four_weights_are_taken_by_sparse_tensor_cores():
+def test_sparse_tensor_cores_accept_2_4_weights():
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs Ampere or later")
     layer = torch.nn.Linear(256, 256, bias=False).half().cuda()

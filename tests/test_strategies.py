@@ -52,23 +52,23 @@ def prune(folder: Path, sequences: int, output: str, **trainer: Any) -> dict[str
         module, datamodule=data(folder, sequences), callbacks=callback, output=output
     )
     return {
-        "masks": result.masks,
+        "masks": dict(result.masks),
         "dense": callback.dense_metrics,
         "sparse": callback.sparse_metrics,
     }
 
 
 def prune_all(rank: int, size: int, folder: Path, name: str) -> None:
-    _, wanted = STRATEGIES[name]
+    _, setting = STRATEGIES[name]
     for sequences in SEQUENCES:
-        sizes = {"data_parallel_size": wanted[0], "tensor_parallel_size": wanted[1]}
-        strategy = wanted if isinstance(wanted, str) else ModelParallelStrategy(**sizes)
+        sizes = {"data_parallel_size": setting[0], "tensor_parallel_size": setting[1]}
+        strategy = setting if isinstance(setting, str) else ModelParallelStrategy(**sizes)
         output = str(folder / f"{name}-{sequences}")
         saved = prune(folder, sequences, output, strategy=strategy, devices=size)
         torch.save(saved, folder / f"{name}-{sequences}-{rank}.pt")
 
 
-def save_in_both_ways(rank: int, size: int, folder: Path) -> None:
+def save_sharded_and_full(rank: int, size: int, folder: Path) -> None:
     for sharded in (True, False):
         strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=sharded)
         module = CausalLMModule(str(folder / "dense"))
@@ -79,12 +79,12 @@ def save_in_both_ways(rank: int, size: int, folder: Path) -> None:
 
 
 def test_lightning_checkpoints_of_a_sharded_model(folder):
-    """Saved under FSDP2, loaded again in one process."""
-    run_trainers(save_in_both_ways, 2, folder)
-    alone = CausalLMModule(str(folder / "dense"))
+    """Saved under FSDP2, loaded in one process."""
+    run_trainers(save_sharded_and_full, 2, folder)
+    single = CausalLMModule(str(folder / "dense"))
     pruning = SymPrune("wanda", sparsity=0.5, baseline=False)
     Trainer(**TRAINER, devices=1).validate(
-        alone, datamodule=data(folder, 5), callbacks=pruning, verbose=False
+        single, datamodule=data(folder, 5), callbacks=pruning, verbose=False
     )
     assert (folder / "sharded.ckpt").is_dir()
     dcp_to_torch_save(folder / "sharded.ckpt", folder / "joined.ckpt")
@@ -95,7 +95,7 @@ def test_lightning_checkpoints_of_a_sharded_model(folder):
         module.load_state_dict(state)
         assert pruning.result is not None
         assert pruning.result.is_applied_to(module.prunable_model)
-        for key, weight in alone.state_dict().items():
+        for key, weight in single.state_dict().items():
             assert torch.equal(module.state_dict()[key], weight), key
 
 
@@ -104,8 +104,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("strategies")
     build("llama").save_pretrained(folder / "dense")
     for sequences in SEQUENCES:
-        saved = prune(folder, sequences, str(folder / f"alone-{sequences}"), devices=1)
-        torch.save(saved, folder / f"alone-{sequences}.pt")
+        saved = prune(folder, sequences, str(folder / f"single-{sequences}"), devices=1)
+        torch.save(saved, folder / f"single-{sequences}.pt")
     return folder
 
 
@@ -116,20 +116,21 @@ def strategy(request, folder):
 
 
 @pytest.mark.parametrize("sequences", SEQUENCES)
-def test_a_run_is_that_of_one_process(folder, strategy, sequences):
-    alone = torch.load(folder / f"alone-{sequences}.pt", weights_only=True)
+def test_a_run_equals_that_of_one_process(folder, strategy, sequences):
+    single = torch.load(folder / f"single-{sequences}.pt", weights_only=True)
     for rank in range(STRATEGIES[strategy][0]):
         saved = torch.load(folder / f"{strategy}-{sequences}-{rank}.pt", weights_only=True)
-        for name, mask in alone["masks"].items():
+        assert saved["masks"].keys() == single["masks"].keys()
+        for name, mask in single["masks"].items():
             assert torch.equal(saved["masks"][name], mask), name
         for metrics in ("dense", "sparse"):
-            assert saved[metrics] == pytest.approx(alone[metrics], rel=1e-6)
+            assert saved[metrics] == pytest.approx(single[metrics], rel=1e-6)
 
 
 @pytest.mark.parametrize("sequences", SEQUENCES)
-def test_the_checkpoint_is_that_of_one_process(folder, strategy, sequences):
-    alone = AutoModelForCausalLM.from_pretrained(folder / f"alone-{sequences}").state_dict()
+def test_the_checkpoint_equals_that_of_one_process(folder, strategy, sequences):
+    single = AutoModelForCausalLM.from_pretrained(folder / f"single-{sequences}").state_dict()
     model = AutoModelForCausalLM.from_pretrained(folder / f"{strategy}-{sequences}")
-    assert model.state_dict().keys() == alone.keys()
+    assert model.state_dict().keys() == single.keys()
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, alone[name]), name
+        assert torch.equal(weight, single[name]), name

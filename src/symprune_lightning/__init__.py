@@ -11,6 +11,10 @@ Examples:
     0.5
 """
 
+from importlib.metadata import version
+
 import lazy_loader
+
+__version__ = version("symprune-lightning")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

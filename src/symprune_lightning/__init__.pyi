@@ -1,3 +1,5 @@
+__version__: str
+
 from .callbacks.finetuning import MaskedFinetuning as MaskedFinetuning
 from .callbacks.pruning import PruningCallback as PruningCallback
 from .callbacks.report.callback import Report as Report
@@ -30,6 +32,7 @@ from .functional.allocation import OWL as OWL
 from .functional.allocation import Allocation as Allocation
 from .functional.allocation import Progression as Progression
 from .functional.allocation import Search as Search
+from .functional.allocation import Sensitivity as Sensitivity
 from .functional.allocation import Uniform as Uniform
 from .functional.packing import PackedMasks as PackedMasks
 from .functional.patterns import NM as NM
@@ -42,6 +45,7 @@ from .functional.refiners.exact import ExactSwap as ExactSwap
 from .functional.scores import RI as RI
 from .functional.scores import RIA as RIA
 from .functional.scores import Diagonal as Diagonal
+from .functional.scores import GradientWanda as GradientWanda
 from .functional.scores import LpRIA as LpRIA
 from .functional.scores import Magnitude as Magnitude
 from .functional.scores import OutputWanda as OutputWanda

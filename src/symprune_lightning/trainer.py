@@ -274,6 +274,7 @@ class Trainer(pl.Trainer):
     ) -> Iterator[None]:
         """Attach module and data, and set up the callbacks, as a loop of Lightning does."""
         module.model = checkpoint.model
+        self.strategy.connect(module)  # batches are transferred by the hooks of this module
         self.datamodule: LightningDataModule | None = datamodule
         try:
             for callback in self.callbacks:

@@ -1,7 +1,10 @@
-"""Training keeps the zeros, with any optimizer, and goes on from checkpoints."""
+"""Training keeps the zeros, with any optimizer, and resumes from checkpoints."""
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,14 @@ from symprune_lightning import (
     CausalLMModule,
     CubicSchedule,
     MaskedFinetuning,
+    PackedMasks,
     SymPrune,
     Trainer,
     prune_model,
     save_masks,
 )
-from symprune_lightning.engine.layers.select import Layer
-from symprune_lightning.engine.distributed.communicator import local
+from symprune_lightning.engine.distributed.dtensor import local_tensor
+from symprune_lightning.engine.layers.select import find_layers
 from tests.groups import run_trainers
 from tests.models import VOCABULARY, batches, build
 
@@ -37,13 +41,13 @@ OPTIMIZERS: dict[str, Any] = {
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
     "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-3),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
-    # its steps are orthogonal matrices, which have no zeros where the gradient has
+    # its steps are orthogonal matrices, which are not zero where the gradient is
     "Muon": lambda p: torch.optim.Muon([x for x in p if x.dim() == 2], lr=1e-2),
 }
 
 
 class Tuned(CausalLMModule):
-    """A language model with an optimizer to choose, on the CPU."""
+    """A language model with one of OPTIMIZERS."""
 
     optimizer = "AdamW"
 
@@ -58,7 +62,7 @@ def module(optimizer: str = "AdamW", **options: Any) -> Tuned:
 
 
 def rows(count: int = 16, length: int = 16) -> list[list[int]]:
-    """Texts with something to learn: each token is followed by the next one."""
+    """Texts that a model can learn: every token is followed by its successor."""
     return [[3 + (i + j) % (VOCABULARY - 3) for j in range(length)] for i in range(count)]
 
 
@@ -77,12 +81,14 @@ def sparse() -> SymPrune:
     return SymPrune("wanda", sparsity=0.5, when="fit_start")
 
 
-def revived(model: nn.Module, masks: dict[str, torch.Tensor]) -> int:
-    """How many weights are not zero where they are pruned."""
-    return sum(
-        int(((Layer(n, model.get_submodule(n)).read() != 0) & ~mask).sum())
-        for n, mask in masks.items()
-    )
+def full_weights(model: nn.Module, names: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {layer.name: layer.matrix() for layer in find_layers(model, names)}
+
+
+def num_revived(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> int:
+    """Number of weights that the masks prune but that are not zero."""
+    weights = full_weights(model, masks)
+    return sum(int(((weights[name] != 0) & ~mask).sum()) for name, mask in masks.items())
 
 
 class Watch(pl.Callback):
@@ -95,20 +101,21 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         masks = next(c for c in trainer.callbacks if isinstance(c, MaskedFinetuning)).masks
         assert masks
-        self.revived += revived(pl_module.prunable_model, masks)
+        self.revived += num_revived(pl_module.prunable_model, masks)
         self.losses.append(float(outputs["loss"]))
 
 
-def remembered(fitted: Trainer, model: nn.Module, masks: dict[str, torch.Tensor]) -> float:
-    """The most that an optimizer remembers of a pruned weight."""
-    most = 0.0
+def largest_state(fitted: Trainer, model: nn.Module, masks: Mapping[str, torch.Tensor]) -> float:
+    """Largest absolute value of the optimizer state of a pruned weight."""
+    largest = 0.0
     for name, mask in masks.items():
         weight = model.get_submodule(name).weight
         for optimizer in fitted.optimizers:
             for value in optimizer.state.get(weight, {}).values():
                 if isinstance(value, torch.Tensor) and value.shape == mask.shape:
-                    most = max(most, float(local(value).abs().masked_fill(mask, 0).max()))
-    return most
+                    state = local_tensor(value).abs().masked_fill(mask, 0)
+                    largest = max(largest, float(state.max()))
+    return largest
 
 
 def test_200_steps_revive_no_weight():
@@ -121,13 +128,13 @@ def test_200_steps_revive_no_weight():
     assert sum(watch.losses[-8:]) < 0.5 * sum(watch.losses[:8])
     assert len(masked.masks) == 14
     assert all(float(mask.float().mean()) == 0.5 for mask in masked.masks.values())
-    assert remembered(fitted, tuned.prunable_model, masked.masks) == 0
+    assert largest_state(fitted, tuned.prunable_model, masked.masks) == 0
 
 
-def test_without_it_weights_are_revived():
+def test_without_masked_finetuning_weights_are_revived():
     tuned, pruning = module(), sparse()
     trainer(max_steps=2).fit(tuned, datamodule=data(), callbacks=[pruning])
-    assert revived(tuned.prunable_model, pruning.result.masks) > 0
+    assert num_revived(tuned.prunable_model, pruning.result.masks) > 0
 
 
 @pytest.mark.parametrize(
@@ -151,15 +158,15 @@ def test_any_optimizer(optimizer, options):
     before = {n: p.detach().to(dtype, copy=True) for n, p in tuned.named_parameters()}
     fitted.fit(tuned, datamodule=data(), callbacks=[sparse(), masked, watch])
     assert watch.revived == 0
-    assert remembered(fitted, tuned.prunable_model, masked.masks) == 0
-    moved = [  # as kept weights do
+    assert largest_state(fitted, tuned.prunable_model, masked.masks) == 0
+    changed = [
         (tuned.prunable_model.get_submodule(name).weight != before[f"model.{name}.weight"])[mask]
         for name, mask in masked.masks.items()
     ]
-    assert torch.cat(moved).float().mean() > 0.5
+    assert torch.cat(changed).float().mean() > 0.5
 
 
-def test_the_norm_that_is_clipped_is_that_of_kept_weights():
+def test_the_clipped_norm_is_that_of_kept_weights():
     norms = []
 
     class Norm(Tuned):
@@ -208,48 +215,51 @@ class Manual(pl.LightningModule):
         return [torch.randn(16, 8)]
 
 
-@pytest.mark.parametrize("kind", [Trainer, pl.Trainer])
-def test_manual_optimization_in_a_module_of_somebody(kind):
+@pytest.mark.parametrize("trainer_class", [Trainer, pl.Trainer])
+def test_manual_optimization_in_a_module_of_the_users(trainer_class):
     model = Manual()
     masked = MaskedFinetuning()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     pruning = SymPrune(sparsity=0.5, when="fit_start")
-    fit = kind(max_epochs=2, accelerator="cpu", callbacks=[masked, pruning], **quiet)
-    fit.fit(model)
-    assert revived(model, masked.masks) == 0
+    fitted = trainer_class(max_epochs=2, accelerator="cpu", callbacks=[masked, pruning], **quiet)
+    fitted.fit(model)
+    assert num_revived(model, masked.masks) == 0
     assert {n: (m.shape, int(m.sum())) for n, m in masked.masks.items()} == {
         "net.0": ((16, 8), 64),
         "net.2": ((8, 16), 64),
     }
 
 
-# where the masks come from
+# sources of the masks
 
 
-def pruned_module() -> tuple[Tuned, dict[str, torch.Tensor]]:
+def pruned_module() -> tuple[Tuned, PackedMasks]:
     tuned = module()
     result = prune_model(tuned.prunable_model, batches(), score="wanda")
     tuned.prunable_model.train()
     return tuned, result.masks
 
 
-def same_masks(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], mask) for name, mask in wanted.items())
-
-
-@pytest.mark.parametrize("source", ["model", "zeros", "mapping", "file", "folder"])
+@pytest.mark.parametrize("source", ["model", "zeros", "mapping", "packed", "file", "folder"])
 def test_sources(source, tmp_path):
     tuned, masks = pruned_module()
     path = tmp_path / "symprune" / "masks.safetensors"
     save_masks(path, masks)
-    given = {"zeros": "zeros", "mapping": masks, "file": str(path), "folder": tmp_path}.get(source)
-    if source in ("mapping", "file", "folder"):
+    sources = {
+        "model": None,
+        "zeros": "zeros",
+        "mapping": dict(masks),
+        "packed": masks,
+        "file": str(path),
+        "folder": tmp_path,
+    }
+    if source not in ("model", "zeros"):
         tuned = module()  # dense: the masks are applied
-    masked = MaskedFinetuning(given)
+    masked = MaskedFinetuning(sources[source])
     trainer(max_steps=3).fit(tuned, datamodule=data(), callbacks=masked)
-    same_masks(masked.masks, masks)
-    assert revived(tuned.prunable_model, masks) == 0
+    assert isinstance(masked.masks, PackedMasks)
+    assert masked.masks == masks
+    assert num_revived(tuned.prunable_model, masks) == 0
 
 
 def test_a_dense_model_is_refused():
@@ -274,14 +284,28 @@ def test_two_callbacks_that_prune():
     tuned = module()
     trainer(max_steps=5).fit(tuned, datamodule=data(), callbacks=[attention, masked, rest])
     assert len(masked.masks) == 14
-    assert revived(tuned.prunable_model, {**attention.result.masks, **rest.result.masks}) == 0
+    assert masked.masks == {**attention.result.masks, **rest.result.masks}
+    assert num_revived(tuned.prunable_model, masked.masks) == 0
+
+
+def test_masks_of_the_argument_and_of_a_callback_are_merged():
+    """A weight is pruned if either of them prunes it."""
+    name = "model.layers.0.self_attn.q_proj"
+    given = torch.rand(32, 32) > 0.25
+    masked, pruning, tuned = MaskedFinetuning({name: given}), sparse(), module()
+    trainer(max_steps=3).fit(tuned, datamodule=data(), callbacks=[masked, pruning])
+    own = pruning.result.masks
+    assert not torch.equal(given & own[name], given)
+    assert not torch.equal(given & own[name], own[name])
+    assert masked.masks == {**own, name: given & own[name]}
+    assert num_revived(tuned.prunable_model, masked.masks) == 0
 
 
 # checkpoints
 
 
 def fit(folder: Path, epochs: int, resume: Path | None = None, **options: Any) -> Any:
-    """Prune, train that many epochs, and save."""
+    """Prune, train for some epochs, and save."""
     tuned, watch, masked, pruning = module(), Watch(), MaskedFinetuning(), sparse()
     saved = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     fitted = trainer(max_epochs=epochs, **options)
@@ -293,16 +317,16 @@ def fit(folder: Path, epochs: int, resume: Path | None = None, **options: Any) -
     return tuned, masked
 
 
-def state_of(tuned: Tuned, fitted: Any = None) -> dict[str, torch.Tensor]:
+def state_of(tuned: Tuned) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in tuned.named_parameters()}
 
 
-def test_resumed_is_as_never_stopped(tmp_path):
+def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path):
     whole, masks = fit(tmp_path / "whole", 4)
     fit(tmp_path / "half", 2)
     last = tmp_path / "half" / "epoch=1.ckpt"
     resumed, again = fit(tmp_path / "half", 4, resume=last)
-    same_masks(again.masks, masks.masks)
+    assert again.masks == masks.masks
     for name, value in state_of(whole).items():
         assert torch.equal(state_of(resumed)[name], value), name
     ends = [
@@ -313,6 +337,30 @@ def test_resumed_is_as_never_stopped(tmp_path):
     for key, value in moments[0].items():
         assert all(torch.equal(moments[1][key][k], v) for k, v in value.items())
     assert torch.load(last, weights_only=True)["callbacks"]["MaskedFinetuning"]["bits"]
+
+
+def test_masks_of_a_resumed_fit_that_prunes_further_are_merged(tmp_path):
+    """The checkpoint has masks of all layers; the resumed fit prunes some layers further."""
+    _, before = fit(tmp_path, 1)
+    resumed, masked, watch = module(), MaskedFinetuning(), Watch()
+    further = SymPrune("wanda", sparsity=0.75, only=["re:.*self_attn.*"], when="fit_start")
+    fitted = trainer(max_epochs=2)
+    fitted.fit(
+        resumed,
+        datamodule=data(),
+        ckpt_path=tmp_path / "epoch=0.ckpt",
+        callbacks=[further, masked, watch],
+    )
+    assert len(further.result.masks) == 8
+    assert len(masked.masks) == 14
+    for name, mask in masked.masks.items():
+        new = further.result.masks.get(name)
+        assert torch.equal(mask, before.masks[name] if new is None else before.masks[name] & new)
+        assert float(mask.float().mean()) == (0.5 if new is None else 0.25)
+    assert len(watch.losses) == 8
+    assert watch.revived == 0
+    assert num_revived(resumed.prunable_model, masked.masks) == 0
+    assert largest_state(fitted, resumed.prunable_model, masked.masks) == 0
 
 
 def test_a_checkpoint_without_masks(tmp_path):
@@ -333,10 +381,10 @@ def test_a_checkpoint_without_masks(tmp_path):
     trainer(max_epochs=2).fit(
         resumed, datamodule=data(), ckpt_path=tmp_path / "old.ckpt", callbacks=masked
     )
-    same_masks(masked.masks, masks)
+    assert masked.masks == masks
 
 
-def test_a_dense_checkpoint_is_pruned_and_kept_so(tmp_path):
+def test_a_dense_checkpoint_is_pruned_and_stays_sparse(tmp_path):
     saved = ModelCheckpoint(tmp_path, filename="dense")
     trainer(max_epochs=1).fit(module(), datamodule=data(), callbacks=saved)
     resumed, pruning, masked = module(), sparse(), MaskedFinetuning()
@@ -344,14 +392,14 @@ def test_a_dense_checkpoint_is_pruned_and_kept_so(tmp_path):
         resumed, datamodule=data(), ckpt_path=tmp_path / "dense.ckpt", callbacks=[pruning, masked]
     )
     assert pruning.result is not None
-    same_masks(masked.masks, pruning.result.masks)
-    assert revived(resumed.prunable_model, masked.masks) == 0
+    assert masked.masks == pruning.result.masks
+    assert num_revived(resumed.prunable_model, masked.masks) == 0
 
 
 # gradual pruning
 
 
-def test_gradual():
+def test_gradual_pruning():
     levels, pruned = [], []
 
     class Level(pl.Callback):
@@ -366,11 +414,11 @@ def test_gradual():
     fitted = trainer(max_steps=14, accumulate_grad_batches=2)
     fitted.fit(tuned, datamodule=data(), callbacks=[Level(), masked, gradual])
     schedule = [0.0] * 12 + [0.7] * 8 + [0.8] * 8
-    assert levels == pytest.approx(schedule, abs=0.02)  # whole weights of rows of 32
+    assert levels == pytest.approx(schedule, abs=0.02)  # rows of 32 weights
     for before, after in pairwise(pruned):
         assert all((after[key] >= zero).all() for key, zero in before.items())
-    assert revived(tuned.prunable_model, gradual.result.masks) == 0
-    assert remembered(fitted, tuned.prunable_model, masked.masks) == 0
+    assert num_revived(tuned.prunable_model, gradual.result.masks) == 0
+    assert largest_state(fitted, tuned.prunable_model, masked.masks) == 0
 
 
 def is_pruned(m: nn.Module) -> bool:
@@ -379,7 +427,7 @@ def is_pruned(m: nn.Module) -> bool:
     )
 
 
-def test_gradual_resumed_is_as_never_stopped(tmp_path):
+def test_a_resumed_gradual_fit_equals_an_uninterrupted_one(tmp_path):
     def run(folder: Path, epochs: int, resume: Path | None = None) -> Tuned:
         tuned = module()
         gradual = SymPrune("wanda", sparsity=0.8, when=CubicSchedule(end=24, every=5))
@@ -399,17 +447,7 @@ def test_gradual_resumed_is_as_never_stopped(tmp_path):
         assert torch.equal(state_of(resumed)[name], value), name
 
 
-def test_gradual_says_what_does_not_go_with_it():
-    with pytest.raises(ValueError, match="no sparsity to grow"):
-        SymPrune(pattern="2:4", when=CubicSchedule(end=3))
-    with pytest.raises(ValueError, match="journal is for pruning at once"):
-        SymPrune(when=CubicSchedule(end=3), journal="runs/a")
-    for options in ({"end": 0}, {"end": 3, "start": 3}, {"end": 3, "every": 0}):
-        with pytest.raises(ValueError, match="start must be"):
-            CubicSchedule(**options)
-
-
-# other parts of projects
+# other features of Lightning
 
 
 def test_with_checkpoints_early_stopping_and_a_logger(tmp_path):
@@ -423,46 +461,65 @@ def test_with_checkpoints_early_stopping_and_a_logger(tmp_path):
         log_every_n_steps=1,
     ).fit(tuned, datamodule=data(), callbacks=[best, stop, sparse(), masked])
     loaded = Tuned.load_from_checkpoint(best.best_model_path, pretrained=build("llama"))
-    assert revived(loaded.prunable_model, masked.masks) == 0
+    assert num_revived(loaded.prunable_model, masked.masks) == 0
     assert "val_loss" in next(tmp_path.rglob("metrics.csv")).read_text()
 
 
-@pytest.mark.parametrize("place", ["inside", "whole", "in place"])
-def test_compiled(place):
+@pytest.mark.parametrize("target", ["model", "module", "model in place"])
+def test_compiled(target):
     tuned = module()
-    if place == "inside":
+    if target == "model":
         tuned.model = torch.compile(tuned.model, backend="eager")
-    elif place == "in place":
+    elif target == "model in place":
         tuned.model.compile(backend="eager")
-    given = torch.compile(tuned, backend="eager") if place == "whole" else tuned
+    fitted = torch.compile(tuned, backend="eager") if target == "module" else tuned
     masked, pruning = MaskedFinetuning(), sparse()
-    trainer(max_steps=3).fit(given, datamodule=data(), callbacks=[pruning, masked])
+    trainer(max_steps=3).fit(fitted, datamodule=data(), callbacks=[pruning, masked])
     plain, expected = module(), sparse()
     trainer(max_steps=3).fit(plain, datamodule=data(), callbacks=[expected, MaskedFinetuning()])
-    same_masks(pruning.result.masks, expected.result.masks)
+    assert pruning.result.masks == expected.result.masks
     original = getattr(tuned.model, "_orig_mod", tuned.model)
-    assert revived(original, masked.masks) == 0
+    assert num_revived(original, masked.masks) == 0
     for name, value in plain.prunable_model.named_parameters():
         torch.testing.assert_close(original.get_parameter(name), value)
 
 
-def test_fast_dev_run_takes_one_calibration_batch():
+def test_fast_dev_run_uses_one_calibration_batch():
     pruning, masked = sparse(), MaskedFinetuning()
     trainer(fast_dev_run=True).fit(module(), datamodule=data(), callbacks=[pruning, masked])
     assert {layer.tokens for layer in pruning.result.layers} == {16}
 
 
-def test_a_fit_that_fails_lets_go():
-    class Fails(Tuned):
-        def training_step(self, batch, batch_idx):
-            raise RuntimeError("no")
+class FailsInStep(Tuned):
+    """Raises in the given training step, before it or after the first optimizer step."""
 
-    tuned, masked = Fails(build("llama").train()), MaskedFinetuning()
-    fitted = trainer(max_steps=1)
-    with pytest.raises(RuntimeError, match="no"):
+    failing_step = 0
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.failing_step:
+            raise RuntimeError("failed on purpose")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("failing_step", [None, 0, 1])
+def test_nothing_is_masked_after_a_fit(failing_step):
+    """The optimizer can be used without the masks, also after a fit that fails."""
+    tuned, masked = FailsInStep(build("llama").train()), MaskedFinetuning()
+    tuned.failing_step = failing_step
+    fitted = trainer(max_steps=2)
+    error = pytest.raises(RuntimeError, match="failed on purpose")
+    with nullcontext() if failing_step is None else error:
         fitted.fit(tuned, datamodule=data(), callbacks=[sparse(), masked])
-    assert not masked._pruned
-    assert not any(o._optimizer_step_post_hooks for o in fitted.optimizers)
+    (optimizer,) = fitted.optimizers
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all((parameter != 0).all() for parameter in tuned.parameters())
+    del masked.log, masked.log_dict  # Lightning's references to the module
+    # it holds neither modules nor unpacked masks: 18,432 weights are 2,304 bytes of bits
+    assert len(pickle.dumps(masked)) < 10_000
 
 
 # several processes
@@ -475,22 +532,22 @@ def train_in_group(rank: int, size: int, folder: Path, name: str) -> None:
         sizes = STRATEGIES[name]
         return sizes if isinstance(sizes, str) else ModelParallelStrategy(*sizes)
 
-    def run(epochs: int, place: str, resume: Path | None = None) -> None:
+    def run(epochs: int, subfolder: str, resume: Path | None = None) -> None:
         torch.manual_seed(0)
         tuned = Tuned(str(folder / "dense"))
         watch, masked, pruning = Watch(), MaskedFinetuning(), sparse()
-        saved = ModelCheckpoint(folder / name / place, filename="{epoch}", save_top_k=-1)
+        saved = ModelCheckpoint(folder / name / subfolder, filename="{epoch}", save_top_k=-1)
         fitted = trainer(max_epochs=epochs, strategy=strategy(), devices=size)
         fitted.fit(
             tuned, datamodule=data(), ckpt_path=resume, callbacks=[pruning, masked, watch, saved]
         )
         assert watch.revived == 0
         assert len(masked.masks) == 14
-        weights = {n: Layer(n, tuned.prunable_model.get_submodule(n)).read() for n in masked.masks}
-        out = {"weights": weights, "losses": watch.losses, "masks": masked.masks}
-        torch.save(out, folder / f"{name}-{place}-{epochs}-{rank}.pt")
+        weights = full_weights(tuned.prunable_model, masked.masks)
+        out = {"weights": weights, "losses": watch.losses, "masks": dict(masked.masks)}
+        torch.save(out, folder / f"{name}-{subfolder}-{epochs}-{rank}.pt")
 
-    run(25 if name == "tensor" else 50, "whole")  # tensor parallel: each has all the batches
+    run(25 if name == "tensor" else 50, "whole")  # tensor parallel: each rank runs all batches
     run(2, "half")
     last = folder / name / "half" / "epoch=1.ckpt"
     run(4, "half", resume=last)

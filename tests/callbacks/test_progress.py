@@ -65,7 +65,9 @@ def final_screen(output: str) -> str:
         elif match := re.fullmatch(r"\x1b\[(\d*)A", token):
             row -= int(match.group(1) or 1)
         elif not token.startswith("\x1b"):
-            lines[row] = lines[row].ljust(column)[:column] + token + lines[row][column + len(token) :]
+            lines[row] = (
+                lines[row].ljust(column)[:column] + token + lines[row][column + len(token) :]
+            )
             column += len(token)
     return "\n".join(lines).strip()
 

@@ -101,9 +101,7 @@ def test_perplexity_of_several_named_sets():
     sizes = {"sequences": 2, "sequence_length": 16}
     several = CalibrationDataModule(sets["low"], evaluation=sets, evaluation_sequences=2, **sizes)
     callback, model = SymPrune(), language_module()
-    metrics = quiet_trainer().validate(
-        model, datamodule=several, callbacks=callback, verbose=False
-    )
+    metrics = quiet_trainer().validate(model, datamodule=several, callbacks=callback, verbose=False)
     single = {}
     for name, ids in sets.items():
         data = CalibrationDataModule(ids, evaluation=ids, evaluation_sequences=2, **sizes)

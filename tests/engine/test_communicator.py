@@ -18,10 +18,22 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from symprune_lightning import NM, OBSUpdate, R2DSnoT
+from symprune_lightning import (
+    NM,
+    LayerSolver,
+    MaskRefiner,
+    OBSUpdate,
+    R2DSnoT,
+    Score,
+    WeightUpdate,
+    load_masks,
+    save_masks,
+)
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
 from symprune_lightning.engine.layers.select import find_layers
 from symprune_lightning.engine.prune import prune_model
+from symprune_lightning.functional.allocation import AllocationMethod
+from symprune_lightning.functional.registry import leaves
 from tests.groups import _join, run_group
 from tests.models import batches, build
 
@@ -74,6 +86,39 @@ def shard(model: torch.nn.Module, strategy: str) -> Communicator:
         plan |= {n: RowwiseParallel() for n in ("self_attn.o_proj", "mlp.down_proj")}
         parallelize_module(block, mesh, plan)
     return Communicator.from_default_group(0, 1)
+
+
+def leaf_methods() -> dict[str, dict[str, Any]]:
+    """Every method of the package, with default arguments; a new one is added by itself."""
+    bases: dict[str, Any] = {
+        "score": Score,
+        "refine": MaskRefiner,
+        "update": WeightUpdate,
+        "solver": LayerSolver,
+        "allocation": AllocationMethod,
+    }
+    return {
+        f"{argument}={cls.__name__}": {argument: cls(), "group": "layer"}
+        for argument, base in bases.items()
+        for cls in leaves(base)
+        if cls.__module__.startswith("symprune_lightning")
+    }
+
+
+def prune_leaves(rank: int, size: int, folder: Any) -> None:
+    communicator = Communicator.from_default_group()
+    for name, options in leaf_methods().items():
+        local = communicator.shard(data(5))
+        result = prune_model(build("llama"), local, communicator=communicator, **options)
+        save_masks(folder / f"{name}-{rank}.safetensors", result.masks)
+
+
+def test_masks_of_every_method_equal_those_of_one_process(tmp_path):
+    run_group(prune_leaves, 2, tmp_path)
+    for name, options in leaf_methods().items():
+        expected = prune_model(build("llama"), data(5), **options).masks
+        for rank in range(2):
+            assert load_masks(tmp_path / f"{name}-{rank}.safetensors") == expected, name
 
 
 def prune_all(rank: int, size: int, folder: Any, strategy: str) -> None:

@@ -88,6 +88,7 @@ def data(shape, dtype=torch.float32, seed=0):
         sequence_variance=x.var(1, correction=0).mean(0),
         gram=flat.T @ flat / len(flat),
         column_sum=weight.abs().sum(0),
+        output_gradient=torch.rand(rows, generator=generator, dtype=torch.float64) + 0.1,
     )
     return weight, statistics
 
@@ -190,7 +191,9 @@ class TestScore:
         weight, statistics = data((6, 8), dtype)
         factor = score(weight, statistics) / weight.abs()
         per_row = torch.allclose(factor, factor[:, :1].expand_as(factor))
-        assert per_row == (score.scales_rows_only or type(score).__name__ == "Magnitude")
+        assert per_row == (
+            score.same_within_rows == "Magnitude" or type(score).__name__ == "Magnitude"
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
 from symprune_lightning.engine.forward.calibration import Forward, call_model
+from symprune_lightning.engine.sensitivity import Loss
 from symprune_lightning.module import CausalLMModule
 
 
@@ -146,6 +147,12 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Forward:
                 ) from error
 
     return forward
+
+
+def calibration_loss(module: LightningModule) -> Loss | None:
+    """Return the loss for sensitivities: the module's ``calibration_loss(batch)`` if it has one."""
+    step = getattr(module, "calibration_loss", None)
+    return None if step is None else lambda _, batch: step(batch)
 
 
 def transfer_batches(batches: Iterable[Any], trainer: Trainer) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from torch import nn
 from symprune_lightning.callbacks.integration import (
     calibration_batches,
     calibration_forward,
+    calibration_loss,
     communicator_of,
     metrics_of,
     pruning_target,
@@ -184,6 +185,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
                 fraction,
                 RunOptions(
                     forward=calibration_forward(trainer, module),
+                    loss=calibration_loss(module),
                     placement=placement,
                     communicator=communicator,
                     journal=self.journal,

@@ -44,6 +44,8 @@ class SymPrune(PruningCallback):
         calibration_order: ``"layer"`` (layer-sequential, one forward), ``"block"``
             (block-sequential, two forwards, as the reference implementations) or ``"dense"`` (not
             sequential).
+        gradient_batches: Number of batches for sensitivities (``GradientWanda``, ``Sensitivity``),
+            which take a forward and a backward pass of the dense model; ``None`` for all.
         ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``. ``None``
             ignores the output projection ``lm_head``; a list replaces that default.
         only: Layers to prune, in the same form; ``None`` for all.
@@ -79,6 +81,7 @@ class SymPrune(PruningCallback):
         solver: LayerSolver | str | None = None,
         allocation: AllocationMethod | str | None = None,
         calibration_order: CalibrationOrder = "layer",
+        gradient_batches: int | None = None,
         ignore: list[str] | None = None,
         only: list[str] | None = None,
         when: When = "validate",
@@ -101,6 +104,7 @@ class SymPrune(PruningCallback):
             solver=solver,
             allocation=allocation,
             calibration_order=calibration_order,
+            gradient_batches=gradient_batches,
             ignore=list(DEFAULT_IGNORE) if ignore is None else ignore,
             only=only,
         )

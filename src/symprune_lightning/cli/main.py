@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 
+from symprune_lightning import __version__
 from symprune_lightning.errors import (
     PruningError,
     RankError,
@@ -139,6 +140,8 @@ def main() -> None:
     try:
         if arguments[:1] in ([], ["--help"], ["-h"]):
             print(HELP, end="")
+        elif arguments == ["--version"]:
+            print(f"symprune-lightning {__version__}")
         elif arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
         else:

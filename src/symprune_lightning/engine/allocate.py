@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,12 +36,14 @@ class AllocationResolver:
         plan: The plan, with the same sparsity for all layers.
         calibration: The dense model and its batches, which must be a list.
         sparsity: Fraction of zeros over all layers.
+        sensitivity: Layer name to statistics of the dense model with inputs and output gradients.
         prune: Prunes the model by a plan; used for the trials of a search.
     """
 
     plan: PruningPlan
     calibration: Calibration
     sparsity: float
+    sensitivity: Mapping[str, Statistics]
     prune: Callable[[PruningPlan], None]
 
     def resolve(
@@ -105,17 +107,32 @@ class AllocationResolver:
         Layers that no batch reaches are missing.
         """
         layers, calibration = self.plan.layers, self.calibration
-        recorder = Recorder(allocation.needs, layers, calibration.communicator)
+        score = self.plan.method.score
+        needs = allocation.needs | score.needs if allocation.uses_scores else allocation.needs
+        recorder = Recorder(needs, layers, calibration.communicator)
         metrics: dict[str, Any] = {}
+
+        def metric(layer: Layer, statistics: Statistics) -> Any:
+            weight = layer.matrix()
+            scores = score(weight, statistics) if allocation.uses_scores else None
+            return allocation.layer_metric(weight, statistics, scores)
 
         def measure(complete: Sequence[Layer]) -> None:
             for layer in complete:
                 with prefix_errors(layer):
-                    stats = recorder.statistics(layer.name) if allocation.needs else Statistics()
-                    metrics[layer.name] = allocation.layer_metric(layer.matrix(), stats)
+                    stats = recorder.statistics(layer.name) if needs else Statistics()
+                    if layer.name in self.sensitivity:
+                        gradient = self.sensitivity[layer.name].output_gradient
+                        stats = replace(stats, output_gradient=gradient)
+                    metrics[layer.name] = metric(layer, stats)
             recorder.release(layer.name for layer in complete)
 
-        if allocation.needs:
+        if self.sensitivity and needs <= {"input", "output_gradient"}:
+            # the backward pass has measured both: no further forward
+            for layer in layers:
+                if layer.name in self.sensitivity:
+                    metrics[layer.name] = metric(layer, self.sensitivity[layer.name])
+        elif needs:
             SuspendedForward(calibration, layers, recorder, measure).run()
         else:
             measure(layers)

@@ -33,6 +33,7 @@ def run_fingerprint(plan: PruningPlan, calibration: Calibration) -> dict[str, An
         "calibration_order": method.calibration_order,
         "sparsity": _repr(method.sparsity),
         "allocation": _repr(method.allocation),
+        "gradient_batches": method.gradient_batches,
         "layers": {
             layer.name: {
                 "shape": list(layer.shape),

@@ -9,7 +9,7 @@ from typing import Any, Self, get_args
 
 from symprune_lightning.engine.layers.select import DEFAULT_IGNORE
 from symprune_lightning.errors import PruningWarning
-from symprune_lightning.functional.allocation import AllocationMethod
+from symprune_lightning.functional.allocation import Allocation, AllocationMethod, Search
 from symprune_lightning.functional.patterns import (
     NM,
     Group,
@@ -50,6 +50,7 @@ class PruningMethod:
         solver: Chooses mask and weights together, in place of score, refiners and update.
         allocation: Divides the sparsity among layers.
         calibration_order: Whether layers are calibrated on inputs from pruned layers.
+        gradient_batches: Number of batches for sensitivities; ``None`` for all.
         ignore: Layers to leave dense.
         only: Layers to prune; ``None`` for all.
 
@@ -70,6 +71,7 @@ class PruningMethod:
     solver: LayerSolver | None = None
     allocation: AllocationMethod | None = None
     calibration_order: CalibrationOrder = "layer"
+    gradient_batches: int | None = None
     ignore: Sequence[str] = DEFAULT_IGNORE
     only: Sequence[str] | None = None
 
@@ -112,6 +114,8 @@ class PruningMethod:
                 f"calibration_order is {self.calibration_order!r}; choose one of "
                 f"{', '.join(get_args(CalibrationOrder))}"
             )
+        if self.gradient_batches is not None and self.gradient_batches < 1:
+            raise ValueError(f"gradient_batches is {self.gradient_batches}; it must be at least 1")
         by_layer = isinstance(self.sparsity, Mapping)
         levels = self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]
         for level in levels:
@@ -125,10 +129,11 @@ class PruningMethod:
         self._check_group()
         if self.solver is not None:
             self._check_solver(self.solver)
-        elif self.score.scales_rows_only and self.budget(0.0).group == "output":
+        elif self.score.same_within_rows and self.budget(0.0).group == "output":
             warnings.warn(
-                f"{self.score} only scales whole rows, which has no effect if weights of one row "
-                f"compete: the mask is that of Magnitude; use group='layer'",
+                f"{self.score} differs only between rows, which has no effect if weights of "
+                f"one row compete: the mask is that of {self.score.same_within_rows}; use "
+                f"group='layer'",
                 PruningWarning,
                 stacklevel=4,
             )
@@ -141,6 +146,15 @@ class PruningMethod:
         refiners = (refiner for chain in self.refine.values() for refiner in chain)
         needs = self.score.needs.union(*(refiner.needs for refiner in refiners))
         return needs if self.update is None else needs | self.update.needs
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether the output gradients of the dense model are measured."""
+        allocation = self.allocation
+        of_allocation = allocation.needs if isinstance(allocation, Allocation) else frozenset()
+        if isinstance(allocation, Search):
+            of_allocation = frozenset().union(*(a.needs for a in allocation.candidates))
+        return "output_gradient" in self.needs | of_allocation
 
     def budget(self, sparsity: float) -> Pattern:
         """Return the pattern of a layer with this sparsity."""

@@ -28,11 +28,12 @@ from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.plan import PruningPlan
 from symprune_lightning.engine.result import PruneResult, Trial
 from symprune_lightning.engine.run import PruningRun
+from symprune_lightning.engine.sensitivity import Loss, measure_sensitivity
 from symprune_lightning.functional.allocation import AllocationMethod
 from symprune_lightning.functional.patterns import Group, Pattern
 from symprune_lightning.functional.scores import Score
 from symprune_lightning.functional.solvers import LayerSolver
-from symprune_lightning.functional.statistics import CalibrationOrder
+from symprune_lightning.functional.statistics import CalibrationOrder, Statistics
 from symprune_lightning.functional.update import WeightUpdate
 
 
@@ -42,6 +43,7 @@ class RunOptions:
 
     Attributes:
         forward: Runs the model on one batch.
+        loss: Returns the summed loss of the model on one batch, for sensitivities.
         placement: Placement of the weights, inferred by default.
         communicator: The ranks that prune together.
         offload: Target of offloaded hidden states.
@@ -50,6 +52,7 @@ class RunOptions:
     """
 
     forward: Forward | None = None
+    loss: Loss | None = None
     placement: WeightPlacement | None = None
     communicator: Communicator = SINGLE_PROCESS
     offload: str | PathLike[str] | None = None
@@ -70,9 +73,11 @@ def prune_model(
     solver: LayerSolver | str | None = None,
     allocation: AllocationMethod | str | None = None,
     calibration_order: CalibrationOrder = "layer",
+    gradient_batches: int | None = None,
     ignore: Sequence[str] = DEFAULT_IGNORE,
     only: Sequence[str] | None = None,
     forward: Forward | None = None,
+    loss: Loss | None = None,
     placement: WeightPlacement | None = None,
     communicator: Communicator = SINGLE_PROCESS,
     offload: str | PathLike[str] | None = None,
@@ -106,10 +111,14 @@ def prune_model(
         calibration_order: ``"layer"`` prunes each layer as soon as its inputs are known,
             ``"block"`` block by block, ``"dense"`` all layers by statistics of the dense model;
             see [`CalibrationOrder`][symprune_lightning.functional.statistics.CalibrationOrder].
+        gradient_batches: Number of batches for sensitivities (``GradientWanda``, ``Sensitivity``),
+            which take a forward and a backward pass of the dense model; ``None`` for all.
         ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``.
             Replaces the default, which ignores the output projection ``lm_head``.
         only: Layers to prune, in the same form; ``None`` for all.
         forward: Called as ``forward(model, batch)`` in place of the rule for ``batches``.
+        loss: Called as ``loss(model, batch)`` for sensitivities; must return the summed loss. By
+            default the loss of labels drawn from the model's logits.
         placement: Placement of the weights if ``model`` is not in memory, such as a
             [`StreamedCheckpoint`][symprune_lightning.StreamedCheckpoint]. By default it is
             inferred: in memory, or sharded by FSDP2.
@@ -155,10 +164,11 @@ def prune_model(
         solver=solver,
         allocation=allocation,
         calibration_order=calibration_order,
+        gradient_batches=gradient_batches,
         ignore=ignore,
         only=only,
     )
-    options = RunOptions(forward, placement, communicator, offload, journal, hooks)
+    options = RunOptions(forward, loss, placement, communicator, offload, journal, hooks)
     return prune_with(model, batches, method, options)
 
 
@@ -177,7 +187,8 @@ def prune_with(
         raise ValueError(
             "group 'model' compares all weights at once: load the full model into memory"
         )
-    if options.journal is not None or method.allocation is not None:
+    reuses_batches = method.allocation is not None or method.needs_sensitivity
+    if options.journal is not None or reuses_batches:
         batches = list(batches)  # iterated more than once
     forward = options.forward or call_model
     calibration = Calibration(model, batches, forward, placement, options.communicator)
@@ -185,11 +196,16 @@ def prune_with(
         hook.on_pruning_start([layer.name for layer in layers])
     with torch.inference_mode(False), torch.no_grad(), _eval_mode(model):
         journal = _open_journal(options.journal, plan, calibration)
-        plan, trials = _resolve_allocation(plan, calibration, journal)
+        sensitivity: dict[str, Statistics] = {}
+        if method.needs_sensitivity:
+            sensitivity = measure_sensitivity(
+                layers, calibration, max_batches=method.gradient_batches, loss=options.loss
+            )
+        plan, trials = _resolve_allocation(plan, calibration, journal, sensitivity)
         if options.offload is not None:
             calibration = replace(calibration, offload=options.offload)
             placement.blocks = placement.blocks or list(decoder_blocks(model, layers))
-        run = PruningRun(plan, calibration, journal, options.hooks)
+        run = PruningRun(plan, calibration, journal, options.hooks, sensitivity)
         run.result.trials.extend(trials)
         with run.error_context():
             run.run()
@@ -210,7 +226,10 @@ def _open_journal(
 
 
 def _resolve_allocation(
-    plan: PruningPlan, calibration: Calibration, journal: Journal | None
+    plan: PruningPlan,
+    calibration: Calibration,
+    journal: Journal | None,
+    sensitivity: Mapping[str, Statistics],
 ) -> tuple[PruningPlan, list[Trial]]:
     """Give each layer its sparsity; return the plan and the trials of a search."""
     method = plan.method
@@ -221,7 +240,8 @@ def _resolve_allocation(
         plan,
         calibration,
         method.sparsity,
-        prune=lambda trial_plan: PruningRun(trial_plan, calibration).run(),
+        sensitivity,
+        prune=lambda trial: PruningRun(trial, calibration, sensitivity=sensitivity).run(),
     )
     return resolver.resolve(method.allocation, journal)
 

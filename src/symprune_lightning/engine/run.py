@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -36,6 +37,7 @@ class PruningRun:
         calibration: Model and batches.
         journal: Finished layers of an earlier run, and the place to record those of this one.
         hooks: Observers.
+        sensitivity: Layer name to statistics with ``output_gradient``, if a method needs them.
 
     Attributes:
         result: Masks and reports of the layers pruned so far.
@@ -47,11 +49,13 @@ class PruningRun:
         calibration: Calibration,
         journal: Journal | None = None,
         hooks: Sequence[PruningHooks] = (),
+        sensitivity: Mapping[str, Statistics] | None = None,
     ) -> None:
         self.plan = plan
         self.calibration = calibration
         self.journal = journal
         self.hooks = hooks
+        self.sensitivity = sensitivity or {}
         self.result = PruneResult()
         self._rows = RowPruner(plan, calibration.communicator, hooks)
         self._recorder: Recorder | None = None
@@ -159,7 +163,11 @@ class PruningRun:
     def _statistics(self, layer: Layer) -> Statistics:
         if self._recorder is None:
             return Statistics(layer=layer.name)
-        return self._recorder.statistics(layer.name)
+        statistics = self._recorder.statistics(layer.name)
+        if layer.name in self.sensitivity:
+            gradient = self.sensitivity[layer.name].output_gradient
+            statistics = replace(statistics, output_gradient=gradient)
+        return statistics
 
     def _prune_group(self, layers: Sequence[Layer]) -> None:
         """Prune layers that compete with one another."""

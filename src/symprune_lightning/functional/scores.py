@@ -27,8 +27,9 @@ class Score(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     """Statistics that the engine collects for this score."""
 
-    scales_rows_only: ClassVar[bool] = False
-    """True if the score differs from ``|W|`` only by a factor per row."""
+    same_within_rows: ClassVar[str | None] = None
+    """Name of a score that differs from this one only by a factor per row, if there is one: where
+    weights of one row compete, both give the same mask."""
 
     reference_url: ClassVar[str] = ""
     """Address of the paper, empty without one."""
@@ -245,7 +246,7 @@ class OutputWanda(Score):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"output"})
-    scales_rows_only: ClassVar[bool] = True
+    same_within_rows: ClassVar[str | None] = "Magnitude"
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2501.18980"
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
@@ -289,6 +290,37 @@ class SymWanda(Score):
         x, y = statistics.input_moments.norm, statistics.output_moments.norm
         scaled = y * (x.mean() / _clamped(y.mean()))
         return weight.abs() * (x + self.beta * scaled[:, None]).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class GradientWanda(Score):
+    """``S = |W| · ‖x_r‖ · ‖g_q‖``: the two-sided score with gradients on the output side.
+
+    ``‖g_q‖ = sqrt(E[(∂L/∂y_q)²])`` is measured by one backward pass of the dense model, so that the
+    output side counts by its effect on the loss. ``S²/2`` estimates the increase of the loss per
+    token if the weight is removed: the diagonal of the Fisher information in its Kronecker-factored
+    form. Ours; the symmetric score of arXiv 2501.18980 leaves the output side open.
+
+    Use it with group ``"layer"``, where rows compete: ``‖g_q‖`` is constant in a row, so within
+    rows the order is that of [`Wanda`][symprune_lightning.functional.scores.Wanda].
+
+    Examples:
+        >>> from symprune_lightning.functional.statistics import Moments
+        >>> x = Moments.of(torch.tensor([[1.0, 3.0]]))
+        >>> gradient = torch.tensor([4.0, 1.0], dtype=torch.float64)
+        >>> statistics = Statistics(input=x, output_gradient=gradient)
+        >>> GradientWanda()(torch.ones(2, 2), statistics).tolist()
+        [[2.0, 6.0], [1.0, 3.0]]
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"input", "output_gradient"})
+    same_within_rows: ClassVar[str | None] = "Wanda"
+
+    def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """See `Score`."""
+        x = statistics.input_moments.norm.to(weight.dtype)
+        gradient = statistics.output_sensitivity.sqrt().to(weight.dtype)
+        return weight.abs() * x * gradient[:, None]
 
 
 @dataclass(frozen=True)

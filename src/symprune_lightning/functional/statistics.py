@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-Need = Literal["input", "output", "sequence_variance", "gram"]
+Need = Literal["input", "output", "sequence_variance", "gram", "output_gradient"]
 """A statistic that a method requires: a field of `Statistics` that the engine collects."""
 
 CalibrationOrder = Literal["layer", "block", "dense"]
@@ -104,6 +104,8 @@ class Statistics:
         sequence_variance: Token-weighted mean of the population variance within each sequence,
             ``(in_features,)``. Only DSnoT's reference mode uses it.
         gram: ``G = E[x xᵀ]`` per token, ``(in_features, in_features)``, float64.
+        output_gradient: ``F_q = E[(∂L/∂y_q)²]`` of the dense model's loss, per token, for each
+            output channel, ``(out_features,)``, float64. Takes a backward pass.
         column_sum: ``L1col_r = Σ_q |W[q,r]|`` over all rows of the dense layer, ``(in_features,)``,
             for refiners that receive a subset of its rows; ``None`` if they receive all.
     """
@@ -113,6 +115,7 @@ class Statistics:
     output: Moments | None = None
     sequence_variance: Tensor | None = None
     gram: Tensor | None = None
+    output_gradient: Tensor | None = None
     column_sum: Tensor | None = None
 
     @property
@@ -129,6 +132,11 @@ class Statistics:
     def gram_matrix(self) -> Tensor:
         """``gram``; raises ``ValueError`` if it was not collected."""
         return _collected(self.gram, "gram", "x.T @ x / len(x)")
+
+    @property
+    def output_sensitivity(self) -> Tensor:
+        """``output_gradient``; raises ``ValueError`` if it was not collected."""
+        return _collected(self.output_gradient, "output_gradient", "gradient.square().mean(0)")
 
     @property
     def within_sequence_variance(self) -> Tensor:

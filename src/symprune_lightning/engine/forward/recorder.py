@@ -108,7 +108,7 @@ class Recorder:
         if is_known and not self._measures_output:
             self._local_sources[layer.name].add(last.source)
             return
-        tokens = full_tensor(x) if valid is None else _drop_padding(full_tensor(x), valid)
+        tokens = full_tensor(x) if valid is None else drop_padding(full_tensor(x), valid)
         if not tokens.numel():
             return
         if not is_known:
@@ -197,7 +197,7 @@ class Recorder:
         return self._reduced[key]
 
 
-def _drop_padding(x: Tensor, valid: Tensor) -> Tensor:
+def drop_padding(x: Tensor, valid: Tensor) -> Tensor:
     """Return the real tokens, also where the model has flattened batch and sequence."""
     if valid.numel() != math.prod(x.shape[:-1]):
         return x

@@ -152,6 +152,40 @@ class LayerKind(ABC):
             A context manager; the module is as before when it exits.
         """
 
+    def watch_gradients(
+        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
+    ) -> AbstractContextManager[None]:
+        """Call ``visit(layer, gradient)`` in the backward pass, for each use of a layer.
+
+        This implementation is for modules with one layer, whose output is that of the matrix.
+
+        Args:
+            module: The module.
+            layers: Its layers.
+            visit: Called with the gradient of the loss with respect to the matrix's output,
+                ``(..., tokens, out_features)``.
+        """
+        return watch_output_gradient(module, layers[0], visit)
+
+
+@contextmanager
+def watch_output_gradient(module: nn.Module, layer: Layer, visit: Visit) -> Iterator[None]:
+    """Visit a layer with the gradient of its module's output."""
+
+    def hook(_: nn.Module, args: object, output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            # No parameter requires a gradient while sensitivities are measured, so the graph
+            # begins here, at the first layers. A clone, since a leaf may not be modified in place.
+            output = output.detach().requires_grad_().clone()
+        output.register_hook(lambda g: visit(layer, g))  # type: ignore[no-untyped-call]
+        return output
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
 
 @contextmanager
 def watch_first_argument(
@@ -172,12 +206,17 @@ def watch_first_argument(
 
 
 @contextmanager
-def watch_layers(layers: Iterable[Layer], visit: Visit) -> Iterator[None]:
-    """Watch all given layers, grouped by the module that holds them."""
+def watch_layers(
+    layers: Iterable[Layer], visit: Visit, visit_gradient: Visit | None = None
+) -> Iterator[None]:
+    """Watch the inputs of all given layers, and the gradients of their outputs if requested."""
     by_module: dict[nn.Module, list[Layer]] = {}
     for layer in layers:
         by_module.setdefault(layer.module, []).append(layer)
     with ExitStack() as stack:
         for module, members in by_module.items():
-            stack.enter_context(members[0].kind.watch(module, members, visit))
+            kind = members[0].kind
+            stack.enter_context(kind.watch(module, members, visit))
+            if visit_gradient is not None:
+                stack.enter_context(kind.watch_gradients(module, members, visit_gradient))
         yield
