@@ -26,6 +26,7 @@ from typing import Any
 from matplotlib import pyplot
 
 from symprune_lightning import (
+    ADMM,
     OWL,
     RIA,
     CalibrationDataModule,
@@ -33,6 +34,7 @@ from symprune_lightning import (
     DSnoT,
     ExactSwap,
     GradientWanda,
+    MaskedCG,
     OBSUpdate,
     Progression,
     R2DSnoT,
@@ -64,6 +66,13 @@ REFINERS: dict[str, Any] = {
 EXACT: Settings = {"score": "ria", "refine": ExactSwap()}
 GRADIENT: Settings = {"score": GradientWanda(), "group": "layer", "allocation": Sensitivity()}
 COMPOSITIONS: dict[str, Settings] = {
+    "ADMM": {"solver": ADMM()},
+    "RIA + ExactSwap + MaskedCG": {**EXACT, "update": MaskedCG()},
+    "RIA + ExactSwap + MaskedCG + Sensitivity": {
+        **EXACT,
+        "update": MaskedCG(),
+        "allocation": Sensitivity(),
+    },
     "GradientWanda + Sensitivity": GRADIENT,
     "GradientWanda + ExactSwap + Sensitivity": {**GRADIENT, "refine": ExactSwap()},
     "RIA + ExactSwap + Sensitivity": {**EXACT, "allocation": Sensitivity()},

@@ -54,10 +54,12 @@ from .functional.scores import StochRIA as StochRIA
 from .functional.scores import Symmetric as Symmetric
 from .functional.scores import SymWanda as SymWanda
 from .functional.scores import Wanda as Wanda
+from .functional.solvers import ADMM as ADMM
 from .functional.solvers import LayerSolver as LayerSolver
 from .functional.solvers import SparseGPT as SparseGPT
 from .functional.statistics import Moments as Moments
 from .functional.statistics import Statistics as Statistics
+from .functional.update import MaskedCG as MaskedCG
 from .functional.update import OBSUpdate as OBSUpdate
 from .functional.update import WeightUpdate as WeightUpdate
 from .module import CausalLMModule as CausalLMModule

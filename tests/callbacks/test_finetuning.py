@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import pairwise
@@ -520,6 +522,10 @@ def test_nothing_is_masked_after_a_fit(failing_step):
     del masked.log, masked.log_dict  # Lightning's references to the module
     # it holds neither modules nor unpacked masks: 18,432 weights are 2,304 bytes of bits
     assert len(pickle.dumps(masked)) < 10_000
+    callback = weakref.ref(masked)
+    del masked, error  # the error refers to the frames of the fit
+    gc.collect()
+    assert callback() is None, "the optimizer has no hooks that refer to it"
 
 
 # several processes

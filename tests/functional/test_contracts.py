@@ -23,9 +23,9 @@ from symprune_lightning.functional.patterns import NM, Pattern, Unstructured
 from symprune_lightning.functional.refiners import DSnoT, ExactSwap, MaskRefiner, R2DSnoT
 from symprune_lightning.functional.registry import leaves, lookup
 from symprune_lightning.functional.scores import LpRIA, Score, StochRIA, Symmetric, Wanda
-from symprune_lightning.functional.solvers import LayerSolver
+from symprune_lightning.functional.solvers import ADMM, LayerSolver
 from symprune_lightning.functional.statistics import Moments, Need, Statistics
-from symprune_lightning.functional.update import WeightUpdate
+from symprune_lightning.functional.update import MaskedCG, WeightUpdate
 
 BASES = (Score, MaskRefiner, WeightUpdate, LayerSolver, AllocationMethod, Pattern)
 
@@ -91,6 +91,11 @@ def data(shape, dtype=torch.float32, seed=0):
         output_gradient=torch.rand(rows, generator=generator, dtype=torch.float64) + 0.1,
     )
     return weight, statistics
+
+
+def tolerance(method):
+    """Iterative methods stop before they converge, and amplify rounding."""
+    return {"rtol": 1e-4, "atol": 1e-4} if isinstance(method, MaskedCG | ADMM) else {}
 
 
 def tensors_of(*values):
@@ -263,7 +268,7 @@ class TestWeightUpdate:
         whole = update(weight, mask, statistics)
         for rows in (slice(0, 1), slice(3, 10)):
             part = update(weight[rows], mask[rows], statistics)
-            torch.testing.assert_close(part, whole[rows])
+            torch.testing.assert_close(part, whole[rows], **tolerance(update))
 
     def test_needs(self, update, dtype):
         weight, statistics = data((6, 16), dtype)
@@ -294,7 +299,7 @@ class TestLayerSolver:
         whole = solver(weight, statistics, pattern)
         for rows in (slice(0, 1), slice(3, 10)):
             updated, mask = solver(weight[rows], statistics, pattern)
-            torch.testing.assert_close(updated, whole[0][rows])
+            torch.testing.assert_close(updated, whole[0][rows], **tolerance(solver))
             assert torch.equal(mask, whole[1][rows])
 
     def test_needs(self, solver, dtype):

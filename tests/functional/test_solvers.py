@@ -5,8 +5,9 @@ import torch
 
 from symprune_lightning.functional import obs
 from symprune_lightning.functional.patterns import NM, Unstructured
-from symprune_lightning.functional.solvers import SparseGPT
-from symprune_lightning.functional.update import OBSUpdate
+from symprune_lightning.functional.solvers import ADMM, SparseGPT
+from symprune_lightning.functional.statistics import Statistics
+from symprune_lightning.functional.update import MaskedCG, OBSUpdate
 from tests.functional.examples import correlated
 
 
@@ -54,3 +55,27 @@ def test_zero_weights_stay_zero_and_count_as_pruned():
     assert (updated[:, 3] == 0).all()
     assert not mask[:, 3].any()
     assert (mask.sum(1) == 12).all()
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4)])
+def test_admm_lowers_the_error_of_wandas_mask_in_every_row(pattern):
+    weight, statistics = correlated()
+    wanda = pattern.mask(weight.abs() * statistics.gram_matrix.diagonal().sqrt().to(weight.dtype))
+    solved, mask = ADMM()(weight, statistics, pattern)
+    assert torch.equal(mask.sum(1), wanda.sum(1))
+    assert (solved[~mask] == 0).all()
+    before = statistics.squared_error(weight * ~wanda)
+    after = statistics.squared_error(weight - solved)
+    assert (after <= before).all()
+    fixed = statistics.squared_error(weight - MaskedCG(100)(weight, wanda, statistics))
+    assert after.sum() < fixed.sum(), "better than the best weights for Wanda's mask"
+
+
+def test_admm_with_a_singular_gram_matrix():
+    x = torch.randn(4, 32, dtype=torch.float64)
+    x[:, 5] = 0  # an input that is never active
+    statistics = Statistics(gram=x.T @ x / 4)
+    weight = torch.randn(6, 32)
+    solved, mask = ADMM()(weight, statistics, Unstructured(0.5))
+    assert solved.isfinite().all()
+    assert (mask.sum(1) == 16).all()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from symprune_lightning.functional import obs
 from symprune_lightning.functional.obs import inverse_factor
 from symprune_lightning.functional.patterns import NM, Unstructured
 from symprune_lightning.functional.statistics import Statistics
-from symprune_lightning.functional.update import OBSUpdate
+from symprune_lightning.functional.update import MaskedCG, OBSUpdate
 from tests.functional.examples import correlated, example
 
 
@@ -84,3 +85,39 @@ def test_zero_weights_stay_zero():
     mask = torch.ones_like(weight).bool()
     mask[:, 0] = False
     assert (OBSUpdate()(weight, mask, statistics)[:, 3] == 0).all()
+
+
+def test_conjugate_gradients_converge_to_the_normal_equations_of_each_row():
+    weight, statistics = correlated()
+    weight = weight.double()
+    mask = Unstructured(0.5).mask(weight.abs())
+    updated = MaskedCG(steps=500, tolerance=1e-12)(weight, mask, statistics)
+    gram = statistics.gram_matrix
+    for q, kept in enumerate(mask):
+        exact = torch.linalg.solve(gram[kept][:, kept], (gram @ weight[q])[kept])
+        torch.testing.assert_close(updated[q, kept], exact, rtol=1e-6, atol=1e-8)
+
+
+@given(steps=st.integers(1, 12), seed=st.integers(0, 50), tokens=st.sampled_from([3, 8, 200]))
+def test_conjugate_gradients_never_raise_the_error_of_a_row(steps, seed, tokens):
+    """Also for a singular Gram matrix, of fewer tokens than inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 16, generator=generator, dtype=torch.float64)
+    x *= torch.logspace(-3, 2, 16, dtype=torch.float64)
+    weight = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    statistics = Statistics(gram=x.T @ x / tokens)
+    mask = Unstructured(0.5).mask(weight.abs())
+    errors = [statistics.squared_error(weight * ~mask)]
+    for count in range(1, steps + 1):
+        updated = MaskedCG(steps=count)(weight, mask, statistics)
+        errors.append(statistics.squared_error(weight - updated))
+    for before, after in pairwise(errors):
+        assert (after <= before * (1 + 1e-9) + 1e-12 * errors[0].max()).all()
+
+
+def test_conjugate_gradients_beat_the_column_sweep():
+    weight, statistics = correlated()
+    mask = Unstructured(0.6).mask(weight.abs())
+    sweep = statistics.squared_error(weight - OBSUpdate()(weight, mask, statistics)).sum()
+    solved = statistics.squared_error(weight - MaskedCG()(weight, mask, statistics)).sum()
+    assert solved < sweep

@@ -6,13 +6,14 @@ A solver takes the place of score, refiner and weight update.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from symprune_lightning.functional import obs
+from symprune_lightning.functional.cg import masked_cg
 from symprune_lightning.functional.patterns import NM, Pattern, Unstructured, keep_highest
 from symprune_lightning.functional.statistics import Need, Statistics
 
@@ -87,6 +88,94 @@ class SparseGPT(LayerSolver):
 
         every = pattern.m if isinstance(pattern, NM) else obs.BLOCK
         return obs.sweep(weight, factor, choose, every)
+
+
+@dataclass(frozen=True)
+class ADMM(LayerSolver):
+    """Mask and weights by alternating directions: Boža, arXiv 2401.02938.
+
+    With inputs scaled to unit norm and ``G`` damped, iterates between the least-squares weights
+    ``V`` and their projection ``Z`` on the budget: ``Z = (V + U) ∘ M`` with the largest ``|V + U|``
+    kept, ``U ← U + V − Z``, ``V ← (W G + ρ(Z − U)) (G + ρI)⁻¹``. In scaled units ``|V|`` is Wanda's
+    score, so the first mask is Wanda's. The sparsity grows to its target over the first iterations
+    by the cubic schedule, as in the paper (the published code starts at the target). At the end,
+    conjugate gradients polish the weights, and a row whose exact error is not below that of Wanda's
+    mask keeps the latter with the dense weights.
+
+    Attributes:
+        iterations: Number of iterations.
+        schedule: Iterations over which the sparsity grows; not used for N:M.
+        rho: ``ρ``, penalty for the distance between ``V`` and ``Z``.
+        damping: Added to the diagonal of the scaled ``G``, relative to its mean.
+        steps: Conjugate gradient steps at the end.
+
+    Raises:
+        ValueError: ``schedule`` is not between 1 and ``iterations``.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 1.0], [1.0, 0.9], [0.5, 0.6]])
+        >>> statistics = Statistics(gram=(x.T @ x / 3).double())
+        >>> weight, mask = ADMM()(torch.tensor([[1.0, 2.0]]), statistics, Unstructured(0.5))
+        >>> mask.tolist(), round(weight[0, 1].item(), 1)
+        ([[False, True]], 3.0)
+    """
+
+    iterations: int = 20
+    schedule: int = 15
+    rho: float = 1.0
+    damping: float = 0.1
+    steps: int = 10
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2401.02938"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.schedule <= self.iterations:
+            raise ValueError(f"schedule is {self.schedule}; it must be 1 to {self.iterations}")
+
+    def __call__(
+        self, weight: Tensor, statistics: Statistics, pattern: Pattern
+    ) -> tuple[Tensor, Tensor]:
+        """See `LayerSolver`."""
+        pattern.check(weight.shape)
+        gram = statistics.gram_matrix.to(weight.dtype)
+        scale = gram.diagonal().sqrt()
+        scale = scale.clamp_min(scale.max() * 1e-6).clamp_min(torch.finfo(gram.dtype).tiny)
+        unit_gram = gram / scale[:, None] / scale
+        wanda = self._mask(weight * scale, weight == 0, pattern)
+        mask = self._iterate(weight * scale, unit_gram, weight == 0, pattern)
+        start = weight.masked_fill(~mask, 0)
+        solved = masked_cg(weight, start, mask, gram, self.steps, tolerance=1e-6)
+        error, wanda_error = (
+            statistics.squared_error(weight - x) for x in (solved, weight.masked_fill(~wanda, 0))
+        )
+        if pattern.group == "output":  # elsewhere rows compete, and cannot be exchanged
+            worse = (error >= wanda_error)[:, None]
+            mask = torch.where(worse, wanda, mask)
+            solved = torch.where(worse, weight.masked_fill(~wanda, 0), solved)
+        return solved, mask
+
+    def _iterate(self, weight: Tensor, gram: Tensor, zero: Tensor, pattern: Pattern) -> Tensor:
+        """Return the mask after all iterations, in scaled units."""
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        damped = gram + self.damping * gram.diagonal().mean() * identity
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped + self.rho * identity))
+        target = weight @ damped
+        dual, primal = torch.zeros_like(weight), weight
+        mask = ~zero
+        for i in range(self.iterations):
+            budget = pattern
+            if isinstance(pattern, Unstructured) and i + 1 < self.schedule:
+                fraction = 1 - (1 - (i + 1) / self.schedule) ** 3
+                budget = replace(pattern, sparsity=pattern.sparsity * fraction)
+            mask = self._mask(primal + dual, zero, budget)
+            projected = (primal + dual) * mask
+            dual = dual + primal - projected
+            primal = (target + self.rho * (projected - dual)) @ inverse
+        return mask
+
+    @staticmethod
+    def _mask(values: Tensor, zero: Tensor, pattern: Pattern) -> Tensor:
+        """Keep the largest magnitudes; weights that are zero in the dense layer are pruned."""
+        return pattern.mask(values.abs().masked_fill(zero, -torch.inf)) & ~zero
 
 
 def _partial_mask(pattern: Pattern, score: Tensor, start: int, stop: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from symprune_lightning.functional import obs
+from symprune_lightning.functional.cg import masked_cg
 from symprune_lightning.functional.statistics import Need, Statistics
 
 
@@ -79,3 +80,45 @@ class OBSUpdate(WeightUpdate):
 
         updated, _ = obs.sweep(weight, factor, fixed, obs.BLOCK)
         return updated
+
+
+@dataclass(frozen=True)
+class MaskedCG(WeightUpdate):
+    """Conjugate gradients on the kept weights: the polish step of ALPS, arXiv 2406.07831.
+
+    Minimises the exact calibrated error ``(W − V)_q G (W − V)_qᵀ`` of every row over its kept
+    weights. Unlike the column sweep of [`OBSUpdate`]
+    [symprune_lightning.functional.update.OBSUpdate], it converges to the least-squares solution of
+    the mask, never raises the error of a row, and needs no factorisation of ``G``. Weights that are
+    zero in the dense layer stay zero.
+
+    Attributes:
+        steps: Maximum number of steps, each a product with ``G``.
+        tolerance: Residual, relative to that of the mask alone, at which a row is finished.
+
+    Raises:
+        ValueError: ``steps`` is below 1.
+
+    Examples:
+        >>> import torch
+        >>> x = torch.tensor([[1.0, 1.0], [1.0, 0.9], [0.5, 0.6]])
+        >>> statistics = Statistics(gram=(x.T @ x / 3).double())
+        >>> weight = MaskedCG()(torch.ones(1, 2), torch.tensor([[False, True]]), statistics)
+        >>> weight[0, 0].item(), round(weight[0, 1].item(), 1)
+        (0.0, 2.0)
+    """
+
+    steps: int = 10
+    tolerance: float = 1e-6
+    reference_url: ClassVar[str] = "https://arxiv.org/abs/2406.07831"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+
+    def __call__(self, weight: Tensor, mask: Tensor, statistics: Statistics) -> Tensor:
+        """See `WeightUpdate`."""
+        gram = statistics.gram_matrix.to(weight.dtype)
+        kept = mask & (weight != 0)
+        start = weight.masked_fill(~kept, 0)
+        return masked_cg(weight, start, kept, gram, self.steps, self.tolerance)
