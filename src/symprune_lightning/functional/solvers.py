@@ -136,7 +136,10 @@ class ADMM(LayerSolver):
     ) -> tuple[Tensor, Tensor]:
         """See `LayerSolver`."""
         pattern.check(weight.shape)
-        gram = statistics.gram_matrix.to(weight.dtype)
+        # float64: twenty projections amplify rounding, on which masks would depend otherwise, and
+        # with it on how rows are divided among ranks
+        dtype, weight = weight.dtype, weight.double()
+        gram = statistics.gram_matrix
         scale = gram.diagonal().sqrt()
         scale = scale.clamp_min(scale.max() * 1e-6).clamp_min(torch.finfo(gram.dtype).tiny)
         unit_gram = gram / scale[:, None] / scale
@@ -151,7 +154,7 @@ class ADMM(LayerSolver):
             worse = (error >= wanda_error)[:, None]
             mask = torch.where(worse, wanda, mask)
             solved = torch.where(worse, weight.masked_fill(~wanda, 0), solved)
-        return solved, mask
+        return solved.to(dtype), mask
 
     def _iterate(self, weight: Tensor, gram: Tensor, zero: Tensor, pattern: Pattern) -> Tensor:
         """Return the mask after all iterations, in scaled units."""
