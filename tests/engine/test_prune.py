@@ -9,8 +9,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from symprune_lightning.engine.forward.calibration import Calibration
 from symprune_lightning.engine.hooks import PruningHooks
+from symprune_lightning.engine.layers.select import prunable_layers
+from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.prune import prune_model
+from symprune_lightning.engine.sensitivity import measure_sensitivity
 from symprune_lightning.errors import PruningError
 from symprune_lightning.functional.patterns import Unstructured
 from symprune_lightning.functional.refiners import DSnoT, ExactSwap, R2DSnoT
@@ -104,7 +108,14 @@ def test_scores_and_groups_compose(score, group):
     assert result.sparsity == 0.25
     # in every group the kept scores are at least the pruned ones
     x = torch.cat(data)
-    statistics = Statistics("0", input=Moments.of(x), output=Moments.of(x @ dense.T))
+    calibration = Calibration(mlp(), data, lambda m, b: m(b), WeightPlacement(mlp()))
+    gradient = measure_sensitivity(prunable_layers(calibration.model), calibration)["0"]
+    statistics = Statistics(
+        "0",
+        input=Moments.of(x),
+        output=Moments.of(x @ dense.T),
+        output_gradient=gradient.output_gradient,
+    )
     scores = lookup(Score, score)(dense, statistics)
     budget = Unstructured(0.25, group)
     grouped, kept = budget.groups(scores), budget.groups(result.masks["0"])

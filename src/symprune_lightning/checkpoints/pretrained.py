@@ -46,8 +46,10 @@ def load_model(
         **_source_arguments(pretrained), dtype=torch_dtype, trust_remote_code=trust_remote_code
     )
     # the quantization attributes outlive dequantization, and would be saved with the plain weights
-    del model.config.quantization_config, model.hf_quantizer
-    del model.is_quantized
+    # which of these attributes marks the model as quantised depends on the version of transformers
+    vars(model.config).pop("quantization_config", None)
+    for attribute in ("hf_quantizer", "is_quantized"):
+        vars(model).pop(attribute, None)
     return model
 
 

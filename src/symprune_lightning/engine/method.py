@@ -79,12 +79,12 @@ class PruningMethod:
     def resolve(
         cls,
         *,
-        score: Score | str,
-        refine: Refine,
-        pattern: Pattern | str | None,
-        update: WeightUpdate | str | None,
-        solver: LayerSolver | str | None,
-        allocation: AllocationMethod | str | None,
+        score: Score | str = "ria",
+        refine: Refine = None,
+        pattern: Pattern | str | None = None,
+        update: WeightUpdate | str | None = None,
+        solver: LayerSolver | str | None = None,
+        allocation: AllocationMethod | str | None = None,
         **settings: Any,
     ) -> Self:
         """Build a method from names or instances.
