@@ -118,7 +118,9 @@ class MaskedCG(WeightUpdate):
 
     def __call__(self, weight: Tensor, mask: Tensor, statistics: Statistics) -> Tensor:
         """See `WeightUpdate`."""
-        gram = statistics.gram_matrix.to(weight.dtype)
-        kept = mask & (weight != 0)
-        start = weight.masked_fill(~kept, 0)
-        return masked_cg(weight, start, kept, gram, self.steps, self.tolerance)
+        # float64: conjugate gradients amplify rounding, on which the masks of later layers would
+        # depend otherwise, and with it on how rows are divided among ranks
+        dense, kept = weight.double(), mask & (weight != 0)
+        start = dense.masked_fill(~kept, 0)
+        gram = statistics.gram_matrix
+        return masked_cg(dense, start, kept, gram, self.steps, self.tolerance).to(weight.dtype)
