@@ -161,6 +161,7 @@ def zeros(result):
             {"sparsity": {"re:.*": 0.5}, "group": "block", "calibration_order": "block"},
             "cannot be combined with group",
         ),
+        ({"score": "sparsegpt"}, "is a solver, not a score: use solver='sparsegpt'"),
         ({"update": "obs"}, "no WeightUpdate is called 'obs'"),
         ({"allocation": "even"}, "no AllocationMethod is called 'even'"),
     ],

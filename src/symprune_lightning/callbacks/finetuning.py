@@ -32,10 +32,10 @@ class MaskedFinetuning(Callback, PruningHooks):
     """Keeps pruned weights at zero during ``fit``.
 
     Before each optimizer step the gradients of pruned weights are zeroed, so that momentum, second
-    moments and the gradient norm do not include them; after it the weights are, whatever the
-    optimizer did. The forward is unchanged. Costs one byte per weight on its device. Works with
-    any optimizer of torch, gradient accumulation and clipping, mixed precision, DDP, FSDP2 and
-    tensor parallel, and automatic or manual optimization.
+    moments and the gradient norm do not include them. After each step the pruned weights are reset
+    to zero, regardless of the optimizer. The forward is unchanged. Costs one byte per weight on its
+    device. Works with any optimizer of torch, gradient accumulation and clipping, mixed precision,
+    DDP, FSDP2 and tensor parallel, and automatic or manual optimization.
 
     Source of the masks, in order of precedence:
 
@@ -44,7 +44,7 @@ class MaskedFinetuning(Callback, PruningHooks):
     3. a callback that prunes in this ``fit`` (``SymPrune(when="fit_start")`` or gradually),
     4. the zeros of the model: of every layer that has some, but is not all zero.
 
-    Layers that are pruned during this ``fit`` are added to any of them. Masks are saved in
+    Masks created during this ``fit`` are merged with those of any source. Masks are saved in
     Lightning's checkpoints, as packed bits.
 
     Args:
@@ -192,7 +192,7 @@ class MaskedFinetuning(Callback, PruningHooks):
         self._new_results.clear()
 
     def _merge(self, masks: Mapping[str, Tensor]) -> None:
-        """Add masks; where there is one already, weights that either of them prunes are pruned."""
+        """Merge masks: a weight is pruned if either mask prunes it."""
         for name, mask in masks.items():
             bits, columns = pack(mask).cpu(), mask.shape[1]
             if name in self.masks:

@@ -88,7 +88,7 @@ def calibration_batches(
 ) -> Iterator[Any]:
     """Yield all calibration batches, on every rank.
 
-    A generator, so that a missing loader is no error for methods that need no data.
+    Lazy, so that data-free methods work without a loader.
 
     Args:
         trainer: The Trainer.

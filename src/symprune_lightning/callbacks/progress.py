@@ -82,8 +82,8 @@ class BlockLines(PruningHooks):
             self._print_line(self._last)
         self._last = report
         self._done += 1
-        if report.error_refined is not None:
-            self._errors.append(report.error_refined)
+        if report.final_error is not None:
+            self._errors.append(report.final_error)
         if self._done == self._total:
             self._print_line(report)
 

@@ -148,9 +148,9 @@ class PruningCallback(Callback, PruningHooks, ABC):
         return self.when == "fit_start" or isinstance(self.when, CubicSchedule)
 
     def has_pruned(self, module: LightningModule) -> bool:
-        """Return whether this callback has pruned ``module`` and its weights are still as sparse.
+        """Return whether this callback has pruned ``module`` and its pruned weights are still zero.
 
-        They are not after dense weights were loaded, or after a fit that does not keep the zeros.
+        They may not be after dense weights were loaded, or after a fit that does not keep zeros.
         """
         if self.result is None or self._pruned_module is None:
             return False

@@ -104,8 +104,7 @@ class Sweep:
         assert callback.result is not None
         shutil.rmtree(journal, ignore_errors=True)
         layers = callback.result.layers
-        errors = [x.error_updated or x.error_refined for x in layers]
-        known = [error for error in errors if error is not None]
+        known = [x.final_error for x in layers if x.final_error is not None]
         return SweepResult(
             name=name,
             sparsity=callback.result.sparsity,

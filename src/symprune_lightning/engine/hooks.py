@@ -40,11 +40,14 @@ class PruningHooks:
     def on_layer_scored(self, layer: str, scores: Tensor, mask: Tensor) -> None:
         """Called with the scores of a layer and its mask before refining.
 
+        Not called for solvers, which have no scores, nor for layers restored from a journal. With a
+        pattern that permutes, columns are in the permuted order.
+
         Args:
             layer: Name of the layer.
             scores: Scores of the rows that this rank works on, ``(rows, in_features)``; −∞ where
                 the weight was already zero.
-            mask: Bool, same shape, True = kept.
+            mask: Bool, same shape, True = kept. Not to be modified.
         """
 
     def on_layer_pruned(self, report: LayerReport, mask: Tensor) -> None:

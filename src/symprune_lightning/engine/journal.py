@@ -109,7 +109,7 @@ class Journal:
         """Announce layers of a block; the block before it is finished, and written.
 
         Raises:
-            JournalError: That block does not come out as recorded.
+            JournalError: The block's masks differ from the recorded ones.
             OSError: It cannot be written.
         """
         if self._headers and block != self._current_block:

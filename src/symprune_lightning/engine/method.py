@@ -18,7 +18,7 @@ from symprune_lightning.functional.patterns import (
     resolve_pattern,
 )
 from symprune_lightning.functional.refiners.base import MaskRefiner
-from symprune_lightning.functional.registry import lookup
+from symprune_lightning.functional.registry import leaves, lookup
 from symprune_lightning.functional.scores import RIA, Score
 from symprune_lightning.functional.solvers import LayerSolver
 from symprune_lightning.functional.statistics import CalibrationOrder, Need
@@ -49,7 +49,7 @@ class PruningMethod:
         update: Changes the kept weights to compensate for the pruned ones.
         solver: Chooses mask and weights together, in place of score, refiners and update.
         allocation: Divides the sparsity among layers.
-        calibration_order: Whether layers are calibrated on inputs from pruned layers.
+        calibration_order: Which layers are already pruned when the inputs of a layer are measured.
         gradient_batches: Number of batches for sensitivities; ``None`` for all.
         ignore: Layers to leave dense.
         only: Layers to prune; ``None`` for all.
@@ -98,6 +98,9 @@ class PruningMethod:
             allocation: An allocation or its name.
             settings: The other attributes.
         """
+        solvers = {cls.__name__.lower() for cls in leaves(LayerSolver)}  # type: ignore[type-abstract]
+        if isinstance(score, str) and score.lower() in solvers:
+            raise ValueError(f"{score!r} is a solver, not a score: use solver={score!r}")
         return cls(
             score=lookup(Score, score),  # type: ignore[type-abstract]
             refine=_resolve_refine(refine),

@@ -46,6 +46,11 @@ class LayerReport:
         return self.shape[0] * self.shape[1]
 
     @property
+    def final_error(self) -> float | None:
+        """The relative error of the final weights; ``None`` without input statistics."""
+        return self.error_refined if self.error_updated is None else self.error_updated
+
+    @property
     def num_zeros(self) -> int:
         """Number of pruned weights of the layer."""
         return round(self.sparsity * self.num_weights)

@@ -35,7 +35,7 @@ class PruningRun:
     Args:
         plan: The method, for every layer.
         calibration: Model and batches.
-        journal: Finished layers of an earlier run, and the place to record those of this one.
+        journal: Journal to resume from and write to.
         hooks: Observers.
         sensitivity: Layer name to statistics with ``output_gradient``, if a method needs them.
 

@@ -105,7 +105,7 @@ def set_thread_modes(modes: tuple[Any, ...]) -> None:
 
 @contextmanager
 def replay_finished_blocks(block: nn.Module) -> Iterator[None]:
-    """Let the forward of a block return the output of a batch's ``finished_block``, if it is it.
+    """Return the saved output of a block that already ran for the current batch; else call it.
 
     A pre-hook can change the arguments of a forward, but cannot skip it. The instance's attribute
     shadows the method of the class; it is removed afterwards, unless there was one already

@@ -29,8 +29,8 @@ def identity(parameter: Tensor) -> Tensor:
 class Layer:
     """A prunable matrix: a 2-D view of a parameter of some module.
 
-    Everything else in the engine sees ``(out_features, in_features)``; how a kind of layer stores
-    its weight is known to ``view`` alone. Layers compare by identity.
+    Only ``view`` knows the storage layout; the rest of the engine works on matrices of shape
+    ``(out_features, in_features)``. Layers compare by identity.
 
     Attributes:
         name: Qualified name, unique in the model.
@@ -66,8 +66,8 @@ class Layer:
     def matrix(self) -> Tensor:
         """Return the full ``W``, ``(out_features, in_features)``, in float32 at least.
 
-        A view of the parameter if that is no DTensor and not in half precision. Gathers DTensors:
-        every rank must call this.
+        A view, unless the parameter is a DTensor or in half precision. Gathers DTensors: every rank
+        must call this.
         """
         return at_least_float32(self.view(full_tensor(self.parameter.detach())))
 
