@@ -13,24 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from symprune_lightning.functional.allocation import AllocationMethod
-from symprune_lightning.functional.patterns import Pattern
-from symprune_lightning.functional.refiners import MaskRefiner
+from symprune_lightning.cli.list import BASES
 from symprune_lightning.functional.registry import leaves
-from symprune_lightning.functional.scores import Score
-from symprune_lightning.functional.solvers import LayerSolver
-from symprune_lightning.functional.update import WeightUpdate
 
 PAGE = Path(__file__).with_name("methods.md")
 PACKAGE = "symprune_lightning."
-BASES: dict[str, type[Any]] = {
-    "scores": Score,
-    "refiners": MaskRefiner,
-    "weight updates": WeightUpdate,
-    "solvers": LayerSolver,
-    "allocations": AllocationMethod,
-    "patterns": Pattern,
-}
 REGION = re.compile(r"<!-- generated: ([a-z ]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 

@@ -203,7 +203,7 @@ class Scored(PruningHooks):
 
 @pytest.mark.parametrize("order", ["layer", "block"])
 def test_a_resumed_run_writes_the_layers_it_did_not_prune_again(tmp_path, order):
-    """Of a finished block, and of a finished layer outside the blocks, ``project_in``."""
+    """Layers of a finished block, and a finished layer outside the blocks, ``project_in``."""
     config = opt(embedding=8).config
     config.num_hidden_layers = 3
     OPTForCausalLM(config).save_pretrained(tmp_path / "dense")

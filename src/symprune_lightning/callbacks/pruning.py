@@ -142,11 +142,6 @@ class PruningCallback(Callback, PruningHooks, ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pruned_module": None}  # weak references cannot be pickled
 
-    @property
-    def prunes_in_fit(self) -> bool:
-        """Whether the callback prunes before or during training."""
-        return self.when == "fit_start" or isinstance(self.when, CubicSchedule)
-
     def has_pruned(self, module: LightningModule) -> bool:
         """Return whether this callback has pruned ``module`` and its pruned weights are still zero.
 

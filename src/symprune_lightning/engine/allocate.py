@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from symprune_lightning.engine.layers.base import Layer, watch_layers
 from symprune_lightning.engine.layers.select import excluded_layers
 from symprune_lightning.engine.plan import PruningPlan, num_groups, prefix_errors
 from symprune_lightning.engine.result import Trial
+from symprune_lightning.engine.sensitivity import add_gradient
 from symprune_lightning.functional.allocation import (
     Allocation,
     AllocationMethod,
@@ -121,10 +122,7 @@ class AllocationResolver:
             for layer in complete:
                 with prefix_errors(layer):
                     stats = recorder.statistics(layer.name) if needs else Statistics()
-                    if layer.name in self.sensitivity:
-                        gradient = self.sensitivity[layer.name].output_gradient
-                        stats = replace(stats, output_gradient=gradient)
-                    metrics[layer.name] = metric(layer, stats)
+                    metrics[layer.name] = metric(layer, add_gradient(stats, self.sensitivity))
             recorder.release(layer.name for layer in complete)
 
         if self.sensitivity and needs <= {"input", "output_gradient"}:

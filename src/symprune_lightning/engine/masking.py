@@ -94,7 +94,7 @@ class RowPruner:
     def _solve(
         self, layer: Layer, weight: Tensor, statistics: Statistics, start: float
     ) -> RowSlice:
-        """Let the solver choose mask and weights of this rank's rows."""
+        """Run the solver on this rank's rows."""
         pattern, solver = self.plan.patterns[layer.name], self.plan.method.solver
         assert solver is not None
         rows = self.communicator.row_slice(len(weight))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,6 +20,7 @@ from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.masking import NUM_SUMS, RowPruner, RowSlice
 from symprune_lightning.engine.plan import PruningPlan
 from symprune_lightning.engine.result import LayerRecord, LayerReport, PruneResult
+from symprune_lightning.engine.sensitivity import add_gradient
 from symprune_lightning.errors import PruningError, PruningWarning
 from symprune_lightning.functional.statistics import Statistics
 
@@ -118,9 +118,10 @@ class PruningRun:
         finished: list[Layer] = []
         if order != "dense":  # there the forward has to see the dense weights
             finished = [layer for layer in self.plan.layers if self._is_recorded([layer])]
+        restored = set(finished)
         forward = SuspendedForward(
             self.calibration,
-            [layer for layer in self.plan.layers if layer not in finished],
+            [layer for layer in self.plan.layers if layer not in restored],
             recorder,
             self.prune,
             order,
@@ -163,11 +164,7 @@ class PruningRun:
     def _statistics(self, layer: Layer) -> Statistics:
         if self._recorder is None:
             return Statistics(layer=layer.name)
-        statistics = self._recorder.statistics(layer.name)
-        if layer.name in self.sensitivity:
-            gradient = self.sensitivity[layer.name].output_gradient
-            statistics = replace(statistics, output_gradient=gradient)
-        return statistics
+        return add_gradient(self._recorder.statistics(layer.name), self.sensitivity)
 
     def _prune_group(self, layers: Sequence[Layer]) -> None:
         """Prune layers that compete with one another."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -147,6 +148,14 @@ def _reduced(
                 layer.name,
                 Statistics(layer.name, input=inputs[layer.name].value, output_gradient=energy),
             )
+
+
+def add_gradient(statistics: Statistics, sensitivity: Mapping[str, Statistics]) -> Statistics:
+    """Return the statistics of a layer with its ``output_gradient``, if that was measured."""
+    if statistics.layer not in sensitivity:
+        return statistics
+    gradient = sensitivity[statistics.layer].output_gradient
+    return replace(statistics, output_gradient=gradient)
 
 
 def _check_placement(layers: Sequence[Layer], calibration: Calibration) -> None:

@@ -36,7 +36,7 @@ class SuspendedBatch(greenlet.greenlet):
         self.is_exiting = False
         """Whether the forward ends at the next layer that is not pruned."""
         self.wait_point: Hashable = None
-        """Where the batch is suspended, ``None`` while it runs."""
+        """The wait point at which the batch is suspended, ``None`` while it runs."""
         self.finished_block: tuple[nn.Module, object] | None = None
         """The block whose forward already ran outside the hooks of FSDP, and its output."""
 
