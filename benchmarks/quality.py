@@ -5,7 +5,8 @@
     python benchmarks/quality.py --csv docs/quality.csv --plot docs/quality.png
 
 MODEL is any model that CausalLMModule accepts. Calibration and evaluation use different documents
-of the Python manual; the seed shuffles the documents. The main methods run at every budget with
+of one text, by default the Python manual (english.py makes another one); the seed shuffles the
+documents. The main methods run at every budget with
 every seed, the others at 60 % with seed 0; methods named by --methods run at every requested budget
 and seed. Every run appends a row to the CSV file, and runs that have a row are skipped, so that a
 stopped study can be resumed. Nothing is tuned on the evaluation text: all hyper-parameters are
@@ -51,6 +52,7 @@ Settings = dict[str, Any]
 BUDGETS: dict[str, Settings] = {
     "50%": {"sparsity": 0.5},
     "60%": {"sparsity": 0.6},
+    "70%": {"sparsity": 0.7},
     "2:4": {"pattern": "2:4"},
     "4:8": {"pattern": "4:8"},
 }
@@ -106,7 +108,7 @@ MAIN = (
     "RIA + ExactSwap + OBSUpdate + Progression",
     *("GradientWanda + Sensitivity", "GradientWanda + ExactSwap + Sensitivity"),
 )
-FIELDS = ("budget", "method", "seed", "perplexity", "seconds", "error")
+FIELDS = ("text", "budget", "method", "seed", "perplexity", "seconds", "error")
 
 
 def methods() -> dict[str, Settings]:
@@ -127,12 +129,15 @@ def is_planned(budget: str, name: str, seed: int) -> bool:
 
 def runs(options: argparse.Namespace, seed: int) -> Iterator[tuple[str, str, Settings]]:
     """Yield budget, name and settings of the runs of a seed that have no row yet."""
-    finished = {(row["budget"], row["method"], int(row["seed"])) for row in rows(options.csv)}
+    finished = {
+        (row["budget"], row["method"], int(row["seed"]))
+        for row in rows(options.csv, options.text)
+    }
     for budget in options.budgets:
         for name, settings in methods().items():
             if (budget, name, seed) in finished or ("allocation" in settings and ":" in budget):
                 continue
-            if name in options.methods or is_planned(budget, name, seed):
+            if name in options.methods if options.methods else is_planned(budget, name, seed):
                 yield budget, name, {**settings, **BUDGETS[budget]}
 
 
@@ -145,7 +150,7 @@ def study(options: argparse.Namespace) -> list[str]:
         if not remaining:
             continue
         data = CalibrationDataModule(
-            "python-docs",
+            options.dataset,
             options.model,
             sequences=options.sequences,
             sequence_length=512,
@@ -155,19 +160,18 @@ def study(options: argparse.Namespace) -> list[str]:
         )
         # a module per seed: the weights of the last one are pruned
         module = CausalLMModule(options.model, dtype="float32")
-        sweep = Sweep(module, data, options.folder / f"seed-{seed}")
+        sweep = Sweep(module, data, options.folder / options.text / f"seed-{seed}")
         for budget, name, settings in remaining:
             callback = SymPrune(**settings)
             result = sweep.run(f"{budget} {name}", trainer(callback), callback)
             if result.failure is not None:
                 failures.append(f"{budget} {name}, seed {seed}: {result.failure}")
                 continue
-            if not any(
-                r["method"] == "dense" and r["seed"] == str(seed) for r in rows(options.csv)
-            ):
-                append(options.csv, "dense", "dense", seed, result.dense, 0, None)
+            dense = {"text": options.text, "method": "dense", "seed": str(seed)}
+            if not any(dense.items() <= row.items() for row in rows(options.csv)):
+                append(options.csv, options.text, "dense", "dense", seed, result.dense, 0, None)
             figures = (result.perplexity, result.seconds, result.error)
-            append(options.csv, budget, name, seed, *figures)
+            append(options.csv, options.text, budget, name, seed, *figures)
     return failures
 
 
@@ -192,17 +196,18 @@ def append(path: Path, *values: object) -> None:
     print(*values, flush=True)
 
 
-def rows(path: Path) -> list[dict[str, str]]:
+def rows(path: Path, text: str | None = None) -> list[dict[str, str]]:
+    """Return the rows of the CSV file, all of them or those of one text."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if text in (None, row["text"])]
 
 
-def table(path: Path) -> str:
+def table(path: Path, text: str) -> str:
     """Return a Markdown table with a row per method, a column per budget, and means over seeds."""
     values: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in rows(path):
+    for row in rows(path, text):
         values[row["method"], row["budget"]].append(float(row["perplexity"]))
     dense = statistics.mean(values.pop(("dense", "dense")))
     budgets = [b for b in BUDGETS if any(budget == b for _, budget in values)]
@@ -224,9 +229,9 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path, output: Path) -> None:
+def plot(path: Path, text: str, output: Path) -> None:
     """Plot one dot per run: a panel per budget, a row per method, a color per seed."""
-    pruned = [row for row in rows(path) if row["budget"] in BUDGETS]
+    pruned = [row for row in rows(path, text) if row["budget"] in BUDGETS]
     names = [name for name in methods() if any(row["method"] == name for row in pruned)][::-1]
     figure, axes = pyplot.subplots(
         1, len(BUDGETS), sharey=True, figsize=(14, 0.3 * len(names) + 1.2), layout="constrained"
@@ -262,7 +267,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table and exit")
     parser.add_argument("--plot", type=Path, help="write this figure and exit")
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
-    parser.add_argument("--methods", nargs="+", default=[], help="additional methods")
+    parser.add_argument(
+        "--methods", nargs="+", default=[], help="run these in place of the planned ones"
+    )
+    parser.add_argument("--text", default="python-docs", help="name of the text in the CSV file")
+    parser.add_argument("--dataset", default="python-docs", help="the text, such as a .jsonl file")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument(
         "--sequences", type=int, default=16, help="calibration sequences of 512 tokens"
@@ -272,9 +281,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.table:
-        print(table(options.csv))
+        print(table(options.csv, options.text))
     elif options.plot is not None:
-        plot(options.csv, options.plot)
+        plot(options.csv, options.text, options.plot)
     elif options.model is None:
         parser.error("MODEL is required")
     elif failures := study(options):

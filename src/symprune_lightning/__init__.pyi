@@ -20,6 +20,7 @@ from .engine.method import PruningMethod as PruningMethod
 from .engine.prune import RunOptions as RunOptions
 from .engine.prune import prune_model as prune_model
 from .engine.prune import prune_with as prune_with
+from .engine.result import BlockReport as BlockReport
 from .engine.result import LayerReport as LayerReport
 from .engine.result import PruneResult as PruneResult
 from .errors import JournalError as JournalError
@@ -38,6 +39,7 @@ from .functional.packing import PackedMasks as PackedMasks
 from .functional.patterns import NM as NM
 from .functional.patterns import Pattern as Pattern
 from .functional.patterns import Unstructured as Unstructured
+from .functional.reconstruction import BlockReconstruction as BlockReconstruction
 from .functional.refiners.base import MaskRefiner as MaskRefiner
 from .functional.refiners.dsnot import DSnoT as DSnoT
 from .functional.refiners.dsnot import R2DSnoT as R2DSnoT

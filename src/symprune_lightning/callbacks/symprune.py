@@ -16,6 +16,7 @@ from symprune_lightning.engine.prune import RunOptions, prune_with
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.functional.allocation import AllocationMethod
 from symprune_lightning.functional.patterns import Group, Pattern
+from symprune_lightning.functional.reconstruction import BlockReconstruction
 from symprune_lightning.functional.refiners.base import MaskRefiner
 from symprune_lightning.functional.scores import Score
 from symprune_lightning.functional.solvers import LayerSolver
@@ -41,6 +42,9 @@ class SymPrune(PruningCallback):
             in place of score, refiners and update.
         allocation: An ``Allocation``, a ``Search``, or a name (``"progression"``, ``"owl"``):
             divides the sparsity among layers.
+        reconstruct: A ``BlockReconstruction``, or ``True`` for the default one: trains the kept
+            weights of each decoder block, after it is pruned, to return what the dense block did.
+            Needs ``calibration_order="block"``.
         calibration_order: ``"layer"`` (layer-sequential, one forward), ``"block"``
             (block-sequential, two forwards, as the reference implementations) or ``"dense"`` (not
             sequential).
@@ -80,6 +84,7 @@ class SymPrune(PruningCallback):
         update: WeightUpdate | str | None = None,
         solver: LayerSolver | str | None = None,
         allocation: AllocationMethod | str | None = None,
+        reconstruct: BlockReconstruction | bool | None = None,
         calibration_order: CalibrationOrder = "layer",
         gradient_batches: int | None = None,
         ignore: list[str] | None = None,
@@ -103,6 +108,7 @@ class SymPrune(PruningCallback):
             update=update,
             solver=solver,
             allocation=allocation,
+            reconstruct=reconstruct,
             calibration_order=calibration_order,
             gradient_batches=gradient_batches,
             ignore=list(DEFAULT_IGNORE) if ignore is None else ignore,

@@ -47,6 +47,7 @@ def build_manifest(
         "sparsity": result.sparsity,
         "metrics": {"dense": dict(dense or {}), "pruned": dict(pruned or {})},
         "layers": [asdict(report) for report in result.layers],
+        "blocks": [asdict(report) for report in result.blocks],
         "trials": [{"allocation": repr(t.allocation), "error": t.error} for t in result.trials],
         "unreached_layers": list(result.unreached),
         "versions": _versions(),

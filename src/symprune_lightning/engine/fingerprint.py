@@ -30,6 +30,7 @@ def run_fingerprint(plan: PruningPlan, calibration: Calibration) -> dict[str, An
         "score": _repr(method.score),
         "update": _repr(method.update),
         "solver": _repr(method.solver),
+        "reconstruct": _repr(method.reconstruct),
         "calibration_order": method.calibration_order,
         "sparsity": _repr(method.sparsity),
         "allocation": _repr(method.allocation),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from symprune_lightning.engine.result import LayerReport, PruneResult
+from symprune_lightning.engine.result import BlockReport, LayerReport, PruneResult
 
 
 class PruningHooks:
@@ -56,6 +56,23 @@ class PruningHooks:
         Args:
             report: Figures of the layer.
             mask: The final mask, bool, ``(out_features, in_features)``, True = kept.
+        """
+
+    def on_reconstruction_epoch(self, block: str, epoch: int, error: float) -> None:
+        """Called after each epoch of the reconstruction of a block, and before the first one.
+
+        Args:
+            block: Name of the block.
+            epoch: Number of finished epochs.
+            error: Error on the held-out batches, see
+                [`BlockReport`][symprune_lightning.BlockReport].
+        """
+
+    def on_block_reconstructed(self, report: BlockReport) -> None:
+        """Called after a block was reconstructed, or restored from a journal.
+
+        Args:
+            report: Figures of the block.
         """
 
     def on_pruning_end(self, result: PruneResult) -> None:

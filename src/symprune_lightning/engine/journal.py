@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.files import atomic_file, write_json
 from symprune_lightning.engine.layers.base import Layer
-from symprune_lightning.engine.result import LayerRecord, LayerReport
+from symprune_lightning.engine.result import BlockRecord, BlockReport, LayerRecord, LayerReport
 from symprune_lightning.errors import JournalError
 from symprune_lightning.functional.packing import pack, unpack
 
@@ -36,6 +36,15 @@ class _Entry:
     report: LayerReport
     file_index: int
     tensors: list[str]
+
+
+@dataclass(frozen=True)
+class _BlockEntry:
+    """The header of the record of a reconstructed block, and its place in the journal."""
+
+    report: BlockReport
+    file_index: int
+    parameters: list[str]
 
 
 class Journal:
@@ -58,7 +67,9 @@ class Journal:
         self.communicator = communicator
         self._finished: dict[str, _Entry] = {}
         self._last_block: dict[str, _Entry] = {}
+        self._finished_blocks: dict[str, _BlockEntry] = {}
         self._headers: dict[str, Any] = {}
+        self._block_headers: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] = {}
         self._current_block: int | None = None
         self._num_files = 0
@@ -74,11 +85,16 @@ class Journal:
             OSError: The folder cannot be written.
         """
         text = self._on_rank_zero(lambda: self._open_folder(fingerprint))
-        entries = {name: _entry(**header) for name, header in json.loads(text).items()}
+        headers = json.loads(text)
+        entries = {name: _entry(**header) for name, header in headers["layers"].items()}
         last = max((entry.file_index for entry in entries.values()), default=-1)
         self._finished = {n: e for n, e in entries.items() if e.file_index < last}
         self._last_block = {n: e for n, e in entries.items() if e.file_index == last}
         self._num_files = max(last, 0)
+        for name, header in headers["blocks"].items():
+            entry = _BlockEntry(**{**header, "report": BlockReport(**header["report"])})
+            if entry.file_index < last:
+                self._finished_blocks[name] = entry
 
     def is_finished(self, layer: str) -> bool:
         """Return whether the layer is recorded and need not be pruned again."""
@@ -104,6 +120,25 @@ class Journal:
         }
         mask = unpack(tensors["mask"], columns)
         return LayerRecord(entry.report, mask, tensors.get("weight"), tensors.get("channel_order"))
+
+    def is_finished_block(self, block: str) -> bool:
+        """Return whether the reconstruction of a block is recorded and need not be repeated."""
+        return block in self._finished_blocks
+
+    def read_block(self, name: str, block: nn.Module) -> BlockRecord:
+        """Return the record of a reconstructed block; every rank must call this."""
+        entry = self._finished_blocks[name]
+        stored: dict[str, Tensor] = {}
+        if self.communicator.rank == 0:
+            with safe_open(self._file(entry.file_index), framework="pt") as file:
+                stored = {key: file.get_tensor(f"{name}::{key}") for key in entry.parameters}
+        parameters = {}
+        for key in entry.parameters:
+            parameter = block.get_parameter(key)
+            buffer = torch.empty(parameter.shape, dtype=parameter.dtype)
+            value = self.communicator.broadcast(stored.get(key, buffer))
+            parameters[key] = value.to(parameter.device)
+        return BlockRecord(entry.report, parameters)
 
     def start_block(self, block: int) -> None:
         """Announce layers of a block; the block before it is finished, and written.
@@ -131,12 +166,21 @@ class Journal:
             self._tensors |= {f"{layer.name}:{key}": x.cpu() for key, x in tensors.items()}
         self._headers[layer.name] = {"report": asdict(record.report), "tensors": list(tensors)}
 
+    def add_block(self, name: str, record: BlockRecord) -> None:
+        """Keep the record of a reconstructed block until its file is written."""
+        if self.communicator.rank == 0:
+            for key, value in record.parameters.items():
+                self._tensors[f"{name}::{key}"] = value.contiguous().cpu()
+        header = {"report": asdict(record.report), "parameters": list(record.parameters)}
+        self._block_headers[name] = header
+
     def write(self) -> None:
         """Write the finished block."""
         if self._headers:
             self._on_rank_zero(self._write_block)
             self._num_files += 1
             self._headers.clear()
+            self._block_headers.clear()
             self._tensors.clear()
             self._last_block.clear()
 
@@ -180,10 +224,11 @@ class Journal:
         except OSError as error:
             raise OSError(f"cannot write the journal {self.folder}: {error}") from error
         self._check_run(path, fingerprint)
-        headers: dict[str, Any] = {}
+        headers: dict[str, dict[str, Any]] = {"layers": {}, "blocks": {}}
         for index, file in enumerate(files):
-            for name, header in _read_headers(file).items():
-                headers[name] = {**header, "file_index": index}
+            for kind, records in _read_headers(file).items():
+                for name, header in records.items():
+                    headers[kind][name] = {**header, "file_index": index}
         return json.dumps(headers)
 
     def _check_run(self, path: Path, fingerprint: dict[str, Any]) -> None:
@@ -213,7 +258,9 @@ class Journal:
         path = self._file(self._num_files)
         try:
             with atomic_file(path) as tmp:
-                save_file(self._tensors, tmp, metadata={"layers": json.dumps(self._headers)})
+                headers = {"layers": self._headers, "blocks": self._block_headers}
+                metadata = {kind: json.dumps(records) for kind, records in headers.items()}
+                save_file(self._tensors, tmp, metadata=metadata)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"cannot write {path}: {error}. Earlier blocks are recorded: free disk space and "
@@ -244,8 +291,8 @@ def _entry(report: dict[str, Any], tensors: list[str], file_index: int) -> _Entr
 def _read_headers(file: Path) -> dict[str, Any]:
     try:
         with safe_open(file, framework="pt") as opened:
-            headers: dict[str, Any] = json.loads(opened.metadata()["layers"])
-            return headers
+            metadata = opened.metadata()
+            return {kind: json.loads(metadata[kind]) for kind in ("layers", "blocks")}
     except (SafetensorError, KeyError, TypeError, OSError) as error:
         raise JournalError(
             f"cannot read {file}: {error}. Delete it and all files with higher numbers to resume "

@@ -17,6 +17,7 @@ from symprune_lightning.functional.patterns import (
     Unstructured,
     resolve_pattern,
 )
+from symprune_lightning.functional.reconstruction import BlockReconstruction
 from symprune_lightning.functional.refiners.base import MaskRefiner
 from symprune_lightning.functional.registry import leaves, lookup
 from symprune_lightning.functional.scores import RIA, Score
@@ -49,6 +50,7 @@ class PruningMethod:
         update: Changes the kept weights to compensate for the pruned ones.
         solver: Chooses mask and weights together, in place of score, refiners and update.
         allocation: Divides the sparsity among layers.
+        reconstruct: Trains the kept weights of each block after it is pruned.
         calibration_order: Which layers are already pruned when the inputs of a layer are measured.
         gradient_batches: Number of batches for sensitivities; ``None`` for all.
         ignore: Layers to leave dense.
@@ -70,6 +72,7 @@ class PruningMethod:
     update: WeightUpdate | None = None
     solver: LayerSolver | None = None
     allocation: AllocationMethod | None = None
+    reconstruct: BlockReconstruction | None = None
     calibration_order: CalibrationOrder = "layer"
     gradient_batches: int | None = None
     ignore: Sequence[str] = DEFAULT_IGNORE
@@ -85,6 +88,7 @@ class PruningMethod:
         update: WeightUpdate | str | None = None,
         solver: LayerSolver | str | None = None,
         allocation: AllocationMethod | str | None = None,
+        reconstruct: BlockReconstruction | bool | None = None,
         **settings: Any,
     ) -> Self:
         """Build a method from names or instances.
@@ -96,6 +100,7 @@ class PruningMethod:
             update: A weight update or its name.
             solver: A solver or its name.
             allocation: An allocation or its name.
+            reconstruct: The reconstruction; ``True`` for the default one.
             settings: The other attributes.
         """
         solvers = {cls.__name__.lower() for cls in leaves(LayerSolver)}  # type: ignore[type-abstract]
@@ -108,6 +113,7 @@ class PruningMethod:
             update=None if update is None else lookup(WeightUpdate, update),  # type: ignore[type-abstract]
             solver=None if solver is None else lookup(LayerSolver, solver),  # type: ignore[type-abstract]
             allocation=None if allocation is None else lookup(AllocationMethod, allocation),
+            reconstruct=BlockReconstruction() if reconstruct is True else reconstruct or None,
             **settings,
         )
 
@@ -130,6 +136,12 @@ class PruningMethod:
                 "sparsity by layer cannot be combined with an allocation: give one sparsity"
             )
         self._check_group()
+        if self.reconstruct is not None and self.calibration_order != "block":
+            raise ValueError(
+                f"reconstruct trains each block after all its layers are pruned, which "
+                f"calibration_order={self.calibration_order!r} does not allow: use "
+                f"calibration_order='block'"
+            )
         if self.solver is not None:
             self._check_solver(self.solver)
         elif self.score.same_within_rows and self.budget(0.0).group == "output":

@@ -84,7 +84,7 @@ class PruningPlan:
 
     def for_trial(self) -> PruningPlan:
         """Return the plan with scores only, for the trials of a search."""
-        method = replace(self.method, refine={}, update=None)
+        method = replace(self.method, refine={}, update=None, reconstruct=None)
         return replace(self, method=method, refiners={})
 
 

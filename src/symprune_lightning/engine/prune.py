@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from symprune_lightning.engine.allocate import AllocationResolver
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
-from symprune_lightning.engine.distributed.sharding import placement_of
+from symprune_lightning.engine.distributed.sharding import is_tensor_parallel, placement_of
 from symprune_lightning.engine.fingerprint import run_fingerprint
 from symprune_lightning.engine.forward.calibration import Calibration, Forward, call_model
 from symprune_lightning.engine.hooks import PruningHooks
@@ -31,6 +31,7 @@ from symprune_lightning.engine.run import PruningRun
 from symprune_lightning.engine.sensitivity import Loss, measure_sensitivity
 from symprune_lightning.functional.allocation import AllocationMethod
 from symprune_lightning.functional.patterns import Group, Pattern
+from symprune_lightning.functional.reconstruction import BlockReconstruction
 from symprune_lightning.functional.scores import Score
 from symprune_lightning.functional.solvers import LayerSolver
 from symprune_lightning.functional.statistics import CalibrationOrder, Statistics
@@ -72,6 +73,7 @@ def prune_model(
     update: WeightUpdate | str | None = None,
     solver: LayerSolver | str | None = None,
     allocation: AllocationMethod | str | None = None,
+    reconstruct: BlockReconstruction | bool | None = None,
     calibration_order: CalibrationOrder = "layer",
     gradient_batches: int | None = None,
     ignore: Sequence[str] = DEFAULT_IGNORE,
@@ -108,6 +110,9 @@ def prune_model(
             ``LayerSolver``, or its name such as ``"sparsegpt"``.
         allocation: Divides the sparsity among layers: an ``Allocation``, ``Search``, or a name.
             Without one all layers have the same sparsity.
+        reconstruct: Trains the kept weights of each decoder block, after it is pruned, to return
+            what the dense block did: a ``BlockReconstruction``, or ``True`` for the default one.
+            Needs ``calibration_order="block"`` and at least two batches.
         calibration_order: ``"layer"`` prunes each layer as soon as its inputs are known,
             ``"block"`` block by block, ``"dense"`` all layers by statistics of the dense model;
             see [`CalibrationOrder`][symprune_lightning.functional.statistics.CalibrationOrder].
@@ -163,6 +168,7 @@ def prune_model(
         update=update,
         solver=solver,
         allocation=allocation,
+        reconstruct=reconstruct,
         calibration_order=calibration_order,
         gradient_batches=gradient_batches,
         ignore=ignore,
@@ -188,6 +194,10 @@ def prune_with(
             "group 'model' compares all weights at once: load the full model into memory"
         )
     reuses_batches = method.allocation is not None or method.needs_sensitivity
+    if method.reconstruct is not None and is_tensor_parallel(model, layers):
+        raise ValueError(
+            "reconstruct is not supported for tensor parallelism: use strategy='ddp' or FSDP2"
+        )
     if options.journal is not None or reuses_batches:
         batches = list(batches)  # iterated more than once
     forward = options.forward or call_model

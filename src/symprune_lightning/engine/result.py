@@ -74,6 +74,46 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class BlockReport:
+    """Figures of one reconstructed block.
+
+    Errors are means over tokens of the squared difference between the block's output and its
+    target, relative to the target's square, on the held-out batches.
+
+    Attributes:
+        name: Qualified name of the block.
+        error: Error before training.
+        error_reconstructed: Error of the weights that were kept; equals ``error`` if no epoch was
+            better, and the block was left alone.
+        errors: Error before training and after each epoch.
+        learning_rate: Learning rate, relative to the root mean square of each tensor.
+        steps: Number of optimizer steps.
+        seconds: Time for training.
+    """
+
+    name: str
+    error: float
+    error_reconstructed: float
+    errors: list[float]
+    learning_rate: float
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """Everything that reconstructing one block produced.
+
+    Attributes:
+        report: Figures.
+        parameters: Parameter name within the block to its new value; empty if it was left alone.
+    """
+
+    report: BlockReport
+    parameters: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Trial:
     """One candidate of a search over allocations.
 
@@ -99,6 +139,7 @@ class PruneResult:
             that permute: ``mask[:, order]``.
         unreached: Prunable layers that no calibration batch reached; they are still dense.
         trials: Candidates of a search over allocations, best first; empty without a search.
+        blocks: One report per reconstructed block, in order; empty without reconstruction.
     """
 
     masks: PackedMasks = field(default_factory=PackedMasks)
@@ -106,6 +147,7 @@ class PruneResult:
     permutations: dict[str, Tensor] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
 
     def is_applied_to(self, model: nn.Module) -> bool:
         """Return whether the model's weights are zero wherever the masks prune."""

@@ -19,6 +19,7 @@ from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.masking import NUM_SUMS, RowPruner, RowSlice
 from symprune_lightning.engine.plan import PruningPlan
+from symprune_lightning.engine.reconstruction import BlockReconstructor
 from symprune_lightning.engine.result import LayerRecord, LayerReport, PruneResult
 from symprune_lightning.engine.sensitivity import add_gradient
 from symprune_lightning.errors import PruningError, PruningWarning
@@ -58,8 +59,13 @@ class PruningRun:
         self.sensitivity = sensitivity or {}
         self.result = PruneResult()
         self._rows = RowPruner(plan, calibration.communicator, hooks)
+        self._reconstructor: BlockReconstructor | None = None
+        if plan.method.reconstruct is not None:
+            self._reconstructor = BlockReconstructor(
+                plan.method.reconstruct, plan.layers, calibration, self.result, journal, hooks
+            )
         self._recorder: Recorder | None = None
-        if plan.method.needs:
+        if plan.method.needs or self._reconstructor is not None:
             # moments are almost free and reveal activations that are not finite
             needs = {*plan.method.needs, "input"}
             self._recorder = Recorder(needs, plan.layers, calibration.communicator)
@@ -115,8 +121,10 @@ class PruningRun:
 
     def _prune_during_forward(self, recorder: Recorder) -> None:
         order = self.plan.method.calibration_order
+        training = None if self._reconstructor is None else self._reconstructor.training
+        needs_dense = order == "dense" or (training is not None and training.dense_targets)
         finished: list[Layer] = []
-        if order != "dense":  # there the forward has to see the dense weights
+        if not needs_dense:  # there the forward has to see the dense weights
             finished = [layer for layer in self.plan.layers if self._is_recorded([layer])]
         restored = set(finished)
         forward = SuspendedForward(
@@ -127,6 +135,7 @@ class PruningRun:
             order,
             restore=self._restore_modules if finished else None,
             restored=finished,
+            training=training,
         )
         forward.run()
         pruned = {report.name for report in self.result.layers}
@@ -143,6 +152,12 @@ class PruningRun:
             "these layers were called again after they had been pruned, and those calls were not "
             "measured (use calibration_order='dense' to measure every call)",
         )
+        if self._reconstructor is not None:
+            _warn_about(
+                self._reconstructor.names(forward.detached_blocks),
+                "the input of these blocks is not the output of the block before, so they were "
+                "reconstructed towards the dense block's output for their own inputs",
+            )
 
     def _is_recorded(self, layers: Sequence[Layer]) -> bool:
         return self.journal is not None and all(self.journal.is_finished(x.name) for x in layers)
@@ -160,6 +175,8 @@ class PruningRun:
             for layer in self.plan.layers
             if layer.module in modules and self._is_recorded([layer])
         )
+        if self._reconstructor is not None:
+            self._reconstructor.restore(modules)
 
     def _statistics(self, layer: Layer) -> Statistics:
         if self._recorder is None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -95,6 +96,18 @@ class ShardedPlacement(WeightPlacement):
 def placement_of(model: nn.Module) -> WeightPlacement:
     """Return the placement of a model: sharded if FSDP2 was applied to it, else in memory."""
     return ShardedPlacement(model) if _fsdp_modules(model) else WeightPlacement(model)
+
+
+def is_tensor_parallel(model: nn.Module, layers: Sequence[Layer]) -> bool:
+    """Return whether ranks hold parts of a layer other than the shards of FSDP2.
+
+    FSDP2 splits each weight once; a weight that is split twice, or without FSDP2, is tensor
+    parallel.
+    """
+    allowed = 1 if _fsdp_modules(model) else 0
+    weights = (layer.parameter for layer in layers)
+    sharded = (weight for weight in weights if isinstance(weight, DTensor))
+    return any(sum(not p.is_replicate() for p in w.placements) > allowed for w in sharded)
 
 
 def shard_model_(

@@ -12,6 +12,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
+from symprune_lightning.engine.forward.block import BlockCall
 from symprune_lightning.engine.forward.recorder import LastInput
 
 
@@ -24,15 +25,27 @@ class SuspendedBatch(greenlet.greenlet):
     Args:
         run: The forward.
         valid: Bool, one per token: False where it is padding; ``None`` without padding.
+        number: Number of the batch over all ranks.
     """
 
-    def __init__(self, run: Callable[[], object], valid: Tensor | None) -> None:
+    def __init__(
+        self, run: Callable[[], object], valid: Tensor | None = None, number: int = 0
+    ) -> None:
         super().__init__(run)
         self.gr_context = contextvars.copy_context()
         self.valid = valid
+        self.number = number
         self.last_input = LastInput()
         self.is_measuring = False
         """Whether layers record their inputs although the batch does not wait at them."""
+        self.is_computing_target = False
+        """Whether the forward is a call of a block for the target of its reconstruction."""
+        self.block_call: BlockCall | None = None
+        """The call of the block that the batch waits at, if blocks are reconstructed."""
+        self.dense_states: Tensor | None = None
+        """The dense model's output of the last block, if blocks are trained to return it."""
+        self.last_output: Tensor | None = None
+        """The output of the last pruned block, if ``dense_states`` are computed."""
         self.is_exiting = False
         """Whether the forward ends at the next layer that is not pruned."""
         self.wait_point: Hashable = None

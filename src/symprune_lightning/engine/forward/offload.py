@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ class OffloadedTensor:
     """A tensor whose values were moved to CPU memory or to disk.
 
     The tensor object stays valid for whoever holds it, with an empty storage; it must not be read
-    before ``restore``.
+    before ``restore`` or outside of ``loaded``.
 
     Args:
         x: The tensor; all views of its storage are emptied with it.
@@ -45,16 +47,30 @@ class OffloadedTensor:
 
     def restore(self) -> None:
         """Copy the values back into the tensor; further calls have no effect."""
+        if self._load() and self._file is not None:
+            self._file.unlink()
+        self._values = self._file = None
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """Make the tensor readable inside the context; changes are lost."""
+        is_offloaded = self._load()
+        try:
+            yield
+        finally:
+            if is_offloaded:
+                self._storage.resize_(0)
+
+    def _load(self) -> bool:
+        """Copy the values into the tensor; return whether they were offloaded."""
         values = self._values
         if self._file is not None:
             values = torch.from_file(str(self._file), size=self._size, dtype=torch.uint8)
         if values is None:
-            return
+            return False
         self._storage.resize_(self._size)
         self._bytes().copy_(values)
-        if self._file is not None:
-            self._file.unlink()
-        self._values = self._file = None
+        return True
 
     def _bytes(self) -> Tensor:
         """Return the storage as a tensor of bytes."""

@@ -17,15 +17,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from symprune_lightning.engine.forward.batch import (
     SuspendedBatch,
     current_batch,
     exit_forward,
     replay_finished_blocks,
+    thread_modes,
     valid_tokens,
+)
+from symprune_lightning.engine.forward.block import (
+    BlockCall,
+    call_on_copies,
+    first_tensor,
+    hidden_states,
 )
 from symprune_lightning.engine.forward.calibration import Calibration
 from symprune_lightning.engine.forward.offload import OffloadedTensor
@@ -45,6 +52,20 @@ class BlockEntry:
 WaitPoint = Layer | nn.Module | BlockEntry
 
 
+@dataclass(frozen=True)
+class BlockTraining:
+    """Training of blocks after they are pruned, with order ``"block"``.
+
+    Attributes:
+        train: Called with a pruned block and this rank's calls of it.
+        dense_targets: Whether the targets are the dense model's own hidden states; if not, they are
+            what the dense block returns for the inputs that come through the pruned blocks.
+    """
+
+    train: Callable[[nn.Module, Sequence[BlockCall]], None]
+    dense_targets: bool
+
+
 class SuspendedForward:
     """Runs batches through a model and prunes each layer when its statistics are complete.
 
@@ -59,10 +80,13 @@ class SuspendedForward:
         order: The calibration order.
         restore: Called with modules whose weights have just been loaded, before batches use them.
         restored: Layers that ``restore`` changes and that are not among ``layers``.
+        training: Trains the blocks after they are pruned.
 
     Attributes:
         called_after_pruning: Names of layers that a batch called again after they were pruned;
             these calls were not measured.
+        detached_blocks: Blocks whose input is not the output of the block before. Their targets are
+            computed from their own input, although ``training`` asks for dense ones.
     """
 
     def __init__(
@@ -74,6 +98,7 @@ class SuspendedForward:
         order: CalibrationOrder = "layer",
         restore: Callable[[set[nn.Module]], None] | None = None,
         restored: Sequence[Layer] = (),
+        training: BlockTraining | None = None,
     ) -> None:
         self.calibration = calibration
         self.layers = list(layers)
@@ -82,8 +107,10 @@ class SuspendedForward:
         self.order = order
         self.restore = restore or (lambda modules: None)
         self.restored = list(restored)
+        self.training = training
         self.placement = calibration.placement
         self.called_after_pruning: set[str] = set()
+        self.detached_blocks: set[nn.Module] = set()
         self._layers_at = self._assign_layers()
         self._wait_points = self._sort_wait_points()
         # wait points that are not pruned yet; a dictionary as an ordered set
@@ -116,10 +143,12 @@ class SuspendedForward:
     def _start(self, suspended: list[SuspendedBatch]) -> tuple[int, Exception | None]:
         """Start every batch; a batch that reaches no wait point finishes immediately."""
         count = 0
+        communicator = self.calibration.communicator
         try:
             for data in self.calibration.batches:
                 forward = partial(self.calibration.forward, self.calibration.model, data)
-                batch = SuspendedBatch(forward, valid_tokens(data))
+                number = communicator.data_rank + count * communicator.data_world_size
+                batch = SuspendedBatch(forward, valid_tokens(data), number)
                 batch.is_measuring = self.order == "dense"
                 suspended.append(batch)
                 batch.resume()
@@ -143,6 +172,7 @@ class SuspendedForward:
         self, wait_point: WaitPoint, suspended: Sequence[SuspendedBatch]
     ) -> Exception | None:
         """Prune what is complete at a wait point, then resume its batches."""
+        waiting = [batch for batch in suspended if batch.wait_point == wait_point]
         if isinstance(wait_point, BlockEntry):
             self.placement.load_only(wait_point.block)
             if not self.placement.always_loaded:
@@ -150,14 +180,17 @@ class SuspendedForward:
         elif self.order != "dense":
             layers = self._layers_at[wait_point]
             self.prune([x for x in layers if self.recorder.was_reached(x.name)])
+            if self.training is not None and isinstance(wait_point, nn.Module):
+                calls = [batch.block_call for batch in waiting if batch.block_call is not None]
+                self.training.train(wait_point, calls)
         self._pending.pop(wait_point, None)
-        waiting = [batch for batch in suspended if batch.wait_point == wait_point]
         try:
             for batch in waiting:
                 # After the last prunable layer the rest of the forward (final norm, output
                 # projection) measures nothing. One batch runs on to the next excluded layer, to
                 # detect a pruned layer that the model calls a second time.
                 batch.is_exiting = not self._pending
+                batch.block_call = None
                 if self._pending or batch is waiting[0]:
                     batch.resume()
                 else:
@@ -208,6 +241,9 @@ class SuspendedForward:
             for module, hook in hooks:
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
                 stack.callback(handle.remove)
+            if self.training is not None and self.training.dense_targets:
+                for block in blocks:
+                    stack.callback(block.register_forward_hook(self._keep_output).remove)
             for block in self.placement.blocks:
                 stack.enter_context(replay_finished_blocks(block))
             yield
@@ -215,7 +251,7 @@ class SuspendedForward:
     def _visit(self, layer: Layer, x: Tensor) -> None:
         """Record the input of a layer, and wait until it is pruned."""
         batch = current_batch()
-        if batch is None:
+        if batch is None or batch.is_computing_target:
             return
         if batch.is_measuring or layer in self._pending:
             self.recorder.observe(layer, x, batch.last_input, batch.valid)
@@ -237,20 +273,65 @@ class SuspendedForward:
     ) -> None:
         """Measure a block while it is dense, and wait until it is pruned."""
         batch = current_batch()
-        if batch is None or batch.is_measuring:  # is_measuring: the call a few lines below
+        # while these flags are set, the block is called by the lines below
+        if batch is None or batch.is_measuring or batch.is_computing_target:
             return
         if block not in self._pending:
             names = [layer.name for layer in self._layers_at[block]]
             self.called_after_pruning.update(names)
             return
-        # The output of this call is discarded, only the inputs of its layers count. It runs on
-        # copies, since a block may write to its arguments and is called again with them.
-        copies = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+        # the inputs of the block's layers are measured in this call
         batch.is_measuring = True
-        block(*copies[0], **copies[1])
+        output = first_tensor(call_on_copies(block, args, kwargs))
         batch.is_measuring = False
-        del copies
+        if self.training is not None:
+            if output is None:
+                raise ValueError(
+                    f"{type(block).__name__} returns no floating-point tensor, so it cannot be "
+                    f"reconstructed"
+                )
+            if self.training.dense_targets:
+                output = batch.dense_states = self._dense_output(batch, block, args, kwargs, output)
+            batch.block_call = BlockCall(
+                batch.number, args, kwargs, output, batch.valid, thread_modes()
+            )
+        del output
         self._wait_offloaded(batch, block, args, kwargs)
+
+    def _dense_output(
+        self,
+        batch: SuspendedBatch,
+        block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> Tensor:
+        """Return what the block returns in the dense model.
+
+        Args:
+            batch: The batch.
+            block: The block, still dense.
+            args: Its positional arguments, whose hidden states come through the pruned blocks.
+            kwargs: Its keyword arguments.
+            output: What it returned for these arguments; the result for the first block.
+        """
+        if batch.dense_states is None or batch.last_output is None:
+            return output
+        x = hidden_states(args, kwargs)
+        if x is None or x.shape != batch.last_output.shape or not torch.equal(x, batch.last_output):
+            self.detached_blocks.add(block)
+            return output
+        batch.is_computing_target = True
+        dense = first_tensor(call_on_copies(block, args, kwargs, batch.dense_states))
+        batch.is_computing_target = False
+        assert dense is not None
+        return dense
+
+    def _keep_output(self, block: nn.Module, args: object, output: object) -> None:
+        """Keep the output of a pruned block, to recognise it as the input of the next one."""
+        batch = current_batch()
+        if batch is not None and not (batch.is_measuring or batch.is_computing_target):
+            batch.last_output = first_tensor(output)
 
     def _wait_at_entry(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -280,13 +361,17 @@ class SuspendedForward:
         kwargs: dict[str, Any],
     ) -> None:
         """Wait, with the hidden states offloaded meanwhile if that is requested."""
-        x = args[0] if args else kwargs.get("hidden_states")
+        tensors = [hidden_states(args, kwargs), batch.dense_states]
+        if batch.block_call is not None:
+            tensors.append(batch.block_call.target)
         target = self.calibration.offload
-        if target is None or not isinstance(x, Tensor):
-            batch.wait_at(wait_point)
-            return
-        offloaded = OffloadedTensor(x, target)
+        # by identity: the target of a block may be the dense model's hidden states
+        distinct = {id(x): x for x in tensors if x is not None and target is not None}
+        offloaded = [OffloadedTensor(x, target) for x in distinct.values() if target is not None]
+        if batch.block_call is not None:
+            batch.block_call.offloaded = offloaded
         try:
             batch.wait_at(wait_point)
         finally:
-            offloaded.restore()
+            for tensor in offloaded:
+                tensor.restore()

@@ -1,0 +1,273 @@
+"""Reconstruction of pruned blocks: the error of a block over all ranks, and its new weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from symprune_lightning.engine.distributed.communicator import Communicator
+from symprune_lightning.engine.distributed.dtensor import local_tensor, shard_like
+from symprune_lightning.engine.forward.batch import set_thread_modes, thread_modes
+from symprune_lightning.engine.forward.block import BlockCall, call_on_copies, first_tensor
+from symprune_lightning.engine.forward.calibration import Calibration
+from symprune_lightning.engine.forward.suspended import BlockTraining
+from symprune_lightning.engine.hooks import PruningHooks
+from symprune_lightning.engine.journal import Journal
+from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.result import BlockRecord, BlockReport, PruneResult
+from symprune_lightning.functional.reconstruction import BlockReconstruction, Weights
+from symprune_lightning.functional.statistics import at_least_float32
+
+
+class BlockReconstructor:
+    """Trains the kept weights of each block after it is pruned.
+
+    Args:
+        method: The settings.
+        layers: The layers to prune.
+        calibration: Model and batches.
+        result: Masks of the layers pruned so far; receives the reports.
+        journal: Journal to resume from and write to.
+        hooks: Observers.
+    """
+
+    def __init__(
+        self,
+        method: BlockReconstruction,
+        layers: Sequence[Layer],
+        calibration: Calibration,
+        result: PruneResult,
+        journal: Journal | None,
+        hooks: Sequence[PruningHooks],
+    ) -> None:
+        self.method = method
+        self.layers = layers
+        self.calibration = calibration
+        self.result = result
+        self.journal = journal
+        self.hooks = hooks
+        self._names = {module: name for name, module in calibration.model.named_modules()}
+
+    @property
+    def training(self) -> BlockTraining:
+        """What the forward does for reconstruction."""
+        return BlockTraining(self.train, dense_targets=self.method.target == "model")
+
+    def names(self, blocks: set[nn.Module]) -> list[str]:
+        """Return the names of blocks, in model order."""
+        return [name for block, name in self._names.items() if block in blocks]
+
+    def train(self, block: nn.Module, calls: Sequence[BlockCall]) -> None:
+        """Train a block on all ranks' calls of it, and write its weights; a collective."""
+        name = self._names[block]
+        if self._is_finished(name):
+            self._restore(block)
+            return
+        start = time.perf_counter()
+        masks = self._masks(block)
+        parameters = dict(block.named_parameters())
+        trained = [
+            key
+            for key, parameter in parameters.items()
+            if key in masks or (self.method.train_norms and parameter.dim() == 1)
+        ]
+        weights = {key: at_least_float32(parameters[key].detach()) for key in trained}
+        objective = BlockObjective(block, calls, self.calibration.communicator)
+        fit = self.method.fit(weights, masks, objective, partial(self._on_epoch, name))
+        report = BlockReport(
+            name=name,
+            error=fit.errors[0],
+            error_reconstructed=min(fit.errors),
+            errors=fit.errors,
+            learning_rate=fit.learning_rate,
+            steps=fit.steps,
+            seconds=time.perf_counter() - start,
+        )
+        best = fit.weights or {}
+        record = BlockRecord(report, {k: w.to(parameters[k].dtype) for k, w in best.items()})
+        self._commit(block, record)
+        if self.journal is not None:
+            self.journal.add_block(name, record)
+
+    def restore(self, modules: set[nn.Module]) -> None:
+        """Restore the finished blocks among modules that have just been loaded."""
+        for block, name in self._names.items():
+            if block in modules and self._is_finished(name):
+                self._restore(block)
+
+    def _is_finished(self, name: str) -> bool:
+        return self.journal is not None and self.journal.is_finished_block(name)
+
+    def _restore(self, block: nn.Module) -> None:
+        assert self.journal is not None
+        self._commit(block, self.journal.read_block(self._names[block], block))
+
+    def _on_epoch(self, block: str, epoch: int, error: float) -> None:
+        for hook in self.hooks:
+            hook.on_reconstruction_epoch(block, epoch, error)
+
+    def _masks(self, block: nn.Module) -> dict[str, Tensor]:
+        """Map the parameters of pruned layers to masks of their stored shape, True = kept."""
+        owners = {module: name for name, module in block.named_modules()}
+        masks: dict[str, Tensor] = {}
+        for layer in self.layers:
+            if layer.module not in owners or layer.name not in self.result.masks:
+                continue
+            key = ".".join(filter(None, (owners[layer.module], layer.parameter_name)))
+            mask = self.result.masks[layer.name].to(layer.parameter.device)
+            kept = ~layer.zero_mask(mask)
+            masks[key] = masks[key] & kept if key in masks else kept
+        return masks
+
+    def _commit(self, block: nn.Module, record: BlockRecord) -> None:
+        """Write trained weights into the model, and add the report to the result."""
+        for key, value in record.parameters.items():
+            path, _, attribute = key.rpartition(".")
+            module = block.get_submodule(path)
+            change = partial(_copy_, module, attribute, value)
+            change()
+            self.calibration.placement.record_change(module, change)
+        self.result.blocks.append(record.report)
+        for hook in self.hooks:
+            hook.on_block_reconstructed(record.report)
+
+
+class BlockObjective:
+    """The error of a block on the batches of all ranks.
+
+    Args:
+        block: The block.
+        calls: This rank's calls of it.
+        communicator: The ranks.
+    """
+
+    def __init__(
+        self, block: nn.Module, calls: Sequence[BlockCall], communicator: Communicator
+    ) -> None:
+        self._forward = _Forward(block)
+        self._dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
+        self._calls = {call.number: call for call in calls}
+        self._communicator = communicator
+        self._tokens = self._count_tokens()
+
+    @property
+    def batches(self) -> Sequence[int]:
+        """Numbers of the batches of all ranks."""
+        return sorted(self._tokens)
+
+    def error(self, weights: Mapping[str, Tensor], batches: Sequence[int]) -> float:
+        """See `Objective`."""
+
+        def add(call: BlockCall, share: float, total: Tensor) -> None:
+            total += share * self._error(call, weights)
+
+        total = torch.zeros((), device=self._device(weights))
+        self._sum(batches, partial(add, total=total), [total])
+        return float(total)
+
+    def gradient(self, weights: Mapping[str, Tensor], batches: Sequence[int]) -> Weights:
+        """See `Objective`."""
+        gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+        def add(call: BlockCall, share: float) -> None:
+            error = self._error(call, weights, enable_grad=True)
+            parts = torch.autograd.grad(error, list(weights.values()), allow_unused=True)
+            for gradient, part in zip(gradients.values(), parts, strict=True):
+                if part is not None:  # an expert without tokens in this batch
+                    gradient.add_(part, alpha=share)
+
+        self._sum(batches, add, list(gradients.values()))
+        return gradients
+
+    def _sum(
+        self,
+        batches: Sequence[int],
+        add: Callable[[BlockCall, float], None],
+        sums: Sequence[Tensor],
+    ) -> None:
+        """Call ``add`` for this rank's batches with their share of the tokens; sum over ranks."""
+        tokens = sum(self._tokens[number] for number in batches)
+        error = None
+        try:
+            for number in batches:
+                if number in self._calls:
+                    add(self._calls[number], self._tokens[number] / tokens)
+        except Exception as raised:  # reported to the other ranks in the same collective
+            error = raised
+        failed = torch.full_like(sums[0].reshape(-1)[:1], float(error is not None))
+        self._communicator.all_reduce_sum_([failed, *sums])
+        if bool(failed) or error is not None:
+            self._communicator.all_reduce_min(0, error)
+
+    def _error(
+        self, call: BlockCall, weights: Mapping[str, Tensor], enable_grad: bool = False
+    ) -> Tensor:
+        """Return the mean over tokens of the relative squared error of one call."""
+        modes = thread_modes()
+        set_thread_modes(call.modes)
+        try:
+            with torch.set_grad_enabled(enable_grad), call.loaded():
+                rounded = {f"block.{k}": w.to(self._dtypes[k]) for k, w in weights.items()}
+
+                def forward(*args: object, **kwargs: object) -> object:
+                    return functional_call(self._forward, rounded, args, kwargs)
+
+                output = first_tensor(call_on_copies(forward, call.args, call.kwargs))
+                assert output is not None
+                with torch.autocast(output.device.type, enabled=False):
+                    return _relative_error(output, call.target, call.valid)
+        finally:
+            set_thread_modes(modes)
+            torch.clear_autocast_cache()  # it holds half-precision copies of these weights
+
+    def _count_tokens(self) -> dict[int, int]:
+        """Map the numbers of all ranks' batches to their numbers of tokens."""
+        communicator = self._communicator
+        size = communicator.data_world_size
+        last = max((number // size for number in self._calls), default=-1)
+        # all_reduce_min of a difference is a maximum
+        bound = 2**31
+        rows = bound - communicator.all_reduce_min(bound - (last + 1))
+        counts = torch.zeros(rows * size, dtype=torch.float64)
+        for number, call in self._calls.items():
+            tokens = call.target[..., 0].numel()
+            is_masked = call.valid is not None and call.valid.numel() == tokens
+            counts[number] = int(call.valid.sum()) if is_masked else tokens  # type: ignore[union-attr]
+        communicator.all_reduce_sum_([counts])
+        return {i: int(count) for i, count in enumerate(counts.tolist()) if count}
+
+    def _device(self, weights: Mapping[str, Tensor]) -> torch.device:
+        return next(iter(weights.values())).device
+
+
+class _Forward(nn.Module):
+    """Calls the forward of a block without its hooks: those of FSDP expect a run of their own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.block.forward(*args, **kwargs)
+
+
+def _relative_error(output: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the mean over tokens of ``‖output − target‖² / ‖target‖²``."""
+    difference = (output.float() - target.float()).square().sum(-1)
+    energy = target.float().square().sum(-1)
+    relative = difference / energy.clamp_min(torch.finfo(torch.float32).tiny)
+    if valid is not None and valid.numel() == relative.numel():
+        relative = relative[valid.view_as(relative)]
+    return relative.mean()
+
+
+@torch.no_grad()
+def _copy_(module: nn.Module, attribute: str, value: Tensor) -> None:
+    """Write a full tensor into a parameter, or into this rank's shard of it."""
+    parameter = getattr(module, attribute)
+    local_tensor(parameter).copy_(shard_like(value, parameter))

@@ -1,0 +1,235 @@
+"""Block reconstruction: train the kept weights of a block to restore the dense block's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+"""Parameter name to float32 master copy, zero where pruned."""
+
+ReconstructionTarget = Literal["block", "model"]
+"""What a block is trained to return. ``"block"``: the output of the dense block for the inputs that
+come through the pruned blocks before it. ``"model"``: the output of the same block in the dense
+model, so that each block also compensates for the errors of the blocks before it."""
+
+PROBE_STEPS = 12
+"""Steps for which each candidate learning rate is tried."""
+
+PROBE_FACTORS = (0.5, 1.0, 2.0)
+"""Candidate learning rates, relative to ``learning_rate``."""
+
+WARMUP = 0.05
+"""Fraction of the steps in which the learning rate rises to its maximum."""
+
+
+class Objective(Protocol):
+    """The error of a block on the calibration batches, over all ranks."""
+
+    @property
+    def batches(self) -> Sequence[int]:
+        """Numbers of the batches."""
+
+    def error(self, weights: Mapping[str, Tensor], batches: Sequence[int]) -> float:
+        """Return the mean over tokens of the squared error relative to the target's square."""
+
+    def gradient(self, weights: Mapping[str, Tensor], batches: Sequence[int]) -> Weights:
+        """Return the gradient of ``error``."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Result of a reconstruction.
+
+    Attributes:
+        weights: The best weights, or ``None`` if none were better than the initial ones.
+        errors: Error on the held-out batches before training and after each epoch.
+        learning_rate: The learning rate, relative to the root mean square of each tensor.
+        steps: Number of optimizer steps, without those of the probe.
+    """
+
+    weights: Weights | None
+    errors: list[float]
+    learning_rate: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class BlockReconstruction:
+    """Train the kept weights of each decoder block so that it returns what the dense block did.
+
+    After a block is pruned (and its weights updated), Adam minimises over its kept weights
+    ``mean_t ‖f(x_t) − y_t‖² / ‖y_t‖²``, where ``x_t`` are the inputs that come through the pruned
+    blocks before it, and ``y_t`` the targets. Attention and MLP of a block compensate together for
+    what its masks removed, which no method for a single matrix can do (arXiv 2510.14444). The error
+    is divided by each token's own square, since a few tokens have activations that are larger by
+    orders of magnitude and would dominate the plain mean.
+
+    The last tenth of the batches is held out: the weights of the epoch with the lowest error on it
+    are kept, and the initial weights if no epoch is better, so that a block can only improve.
+    Pruned weights stay zero. Needs ``calibration_order="block"``.
+
+    Attributes:
+        epochs: Passes over the calibration batches for each block.
+        learning_rate: Learning rate of Adam relative to the root mean square of the kept weights of
+            each tensor, so that it suits models of any scale. Warms up, then decays to zero along a
+            cosine. With ``probe``, the centre of the candidates.
+        probe: Whether half and twice the learning rate are tried for a few steps in every block.
+        batches_per_step: Calibration batches per optimizer step, over all ranks.
+        target: ``"model"`` or ``"block"``, see
+            [`ReconstructionTarget`][symprune_lightning.functional.reconstruction.ReconstructionTarget].
+        train_norms: Whether the norms and biases of the block are trained too.
+        seed: Seed of the order of the batches.
+
+    Raises:
+        ValueError: A number is not positive, or ``target`` is unknown.
+
+    Examples:
+        >>> BlockReconstruction(epochs=2).target
+        'model'
+    """
+
+    epochs: int = 6
+    learning_rate: float = 5e-3
+    probe: bool = False
+    batches_per_step: int = 1
+    target: ReconstructionTarget = "model"
+    train_norms: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "learning_rate", "batches_per_step"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.target not in get_args(ReconstructionTarget):
+            raise ValueError(f"target is {self.target!r}; it must be 'block' or 'model'")
+
+    def fit(
+        self,
+        weights: Weights,
+        masks: Mapping[str, Tensor],
+        objective: Objective,
+        on_epoch: Callable[[int, float], None] = lambda epoch, error: None,
+    ) -> Fit:
+        """Train weights.
+
+        Args:
+            weights: The initial weights. Not modified.
+            masks: Bool masks, True = kept, of the shape of the weights; weights without one are
+                trained in full.
+            objective: The error of the block.
+            on_epoch: Called with the number of finished epochs and the held-out error, also before
+                the first one.
+
+        Returns:
+            The best weights and the held-out errors.
+
+        Raises:
+            ValueError: There are fewer than two batches.
+        """
+        training, held_out = split_batches(objective.batches)
+        errors = [objective.error(weights, held_out)]
+        on_epoch(0, errors[0])
+        rate = self.learning_rate
+        if self.probe:
+            rate = self._probe(weights, masks, objective, training, held_out)
+        trainer = _Trainer(weights, masks, objective, rate)
+        per_epoch = math.ceil(len(training) / self.batches_per_step)
+        best: Weights | None = None
+        for epoch in range(self.epochs):
+            for i, step in enumerate(self._steps(training, epoch)):
+                trainer.step(step, _schedule(epoch * per_epoch + i, self.epochs * per_epoch))
+            error = objective.error(trainer.weights, held_out)
+            if error < min(errors):
+                best = {name: weight.detach().clone() for name, weight in trainer.weights.items()}
+            errors.append(error)
+            on_epoch(epoch + 1, error)
+        return Fit(best, errors, rate, self.epochs * per_epoch)
+
+    def _steps(self, training: Sequence[int], epoch: int) -> list[list[int]]:
+        """Return the batches of each step of an epoch, the same on all ranks."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
+        size = self.batches_per_step
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def _probe(
+        self,
+        weights: Weights,
+        masks: Mapping[str, Tensor],
+        objective: Objective,
+        training: Sequence[int],
+        held_out: Sequence[int],
+    ) -> float:
+        """Return the candidate learning rate with the lowest error after a few steps."""
+        steps = self._steps(training, 0)[:PROBE_STEPS]
+        errors = {}
+        for factor in PROBE_FACTORS:
+            rate = factor * self.learning_rate
+            trainer = _Trainer(weights, masks, objective, rate)
+            for i, step in enumerate(steps):
+                trainer.step(step, _schedule(i, len(steps)))
+            errors[rate] = objective.error(trainer.weights, held_out)
+        return min(errors, key=errors.__getitem__)
+
+
+class _Trainer:
+    """Adam on copies of the weights, with masked gradients."""
+
+    def __init__(
+        self, weights: Weights, masks: Mapping[str, Tensor], objective: Objective, rate: float
+    ) -> None:
+        self.weights = {
+            name: weight.detach().clone().requires_grad_() for name, weight in weights.items()
+        }
+        self._masks = masks
+        self._objective = objective
+        self._rates = {name: rate * _scale(weight) for name, weight in weights.items()}
+        groups = [{"params": [w], "lr": self._rates[name]} for name, w in self.weights.items()]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+    def step(self, batches: Sequence[int], factor: float) -> None:
+        """Take one step, with the learning rates times a factor."""
+        gradients = self._objective.gradient(self.weights, batches)
+        for name, weight in self.weights.items():
+            weight.grad = gradients[name]
+            # pruned weights: with gradients of zero, the moments of Adam and its steps are zero too
+            if name in self._masks:
+                weight.grad.mul_(self._masks[name])
+        for group, rate in zip(self._optimizer.param_groups, self._rates.values(), strict=True):
+            group["lr"] = rate * factor
+        self._optimizer.step()
+
+
+def split_batches(batches: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Divide batches into those for training and the last tenth, which is held out.
+
+    Raises:
+        ValueError: There are fewer than two.
+    """
+    if len(batches) < 2:
+        raise ValueError(
+            f"reconstruction holds out a tenth of the calibration batches and needs at least 2, "
+            f"but there is {len(batches)}: use a smaller batch_size or more sequences"
+        )
+    count = math.ceil(len(batches) / 10)
+    return batches[:-count], batches[-count:]
+
+
+def _scale(weight: Tensor) -> float:
+    """Return the root mean square of the weights that are not zero."""
+    count = int(weight.count_nonzero())
+    return math.sqrt(float(weight.square().sum()) / max(count, 1))
+
+
+def _schedule(step: int, total: int) -> float:
+    """Return the factor of the learning rate: a linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(WARMUP * total))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
