@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 from symprune_lightning import (
+    BlockReconstruction,
     PruneResult,
     PruningError,
     PruningHooks,
@@ -32,6 +33,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"solver": "sparsegpt"},
     "block": {"score": "ria", "calibration_order": "block", "group": "block"},
     "dense": {"score": "ria", "calibration_order": "dense"},
+    "reconstruct": {
+        "calibration_order": "block",
+        "reconstruct": BlockReconstruction(epochs=1, learning_rate=1e-2),
+    },
 }
 
 

@@ -18,7 +18,14 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from symprune_lightning import NM, Progression, Search, StreamedCheckpoint, prune_model
+from symprune_lightning import (
+    NM,
+    BlockReconstruction,
+    Progression,
+    Search,
+    StreamedCheckpoint,
+    prune_model,
+)
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.layers.select import find_layers
@@ -42,6 +49,15 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "by-layer": {"sparsity": {"re:.*down_proj": 0.25, "re:.*": 0.5}},
     "magnitude": {"score": "magnitude"},
+    "reconstruct": {
+        "calibration_order": "block",
+        "reconstruct": BlockReconstruction(epochs=2, learning_rate=1e-2, target="model"),
+    },
+    "reconstruct-block": {
+        "update": "maskedcg",
+        "calibration_order": "block",
+        "reconstruct": BlockReconstruction(epochs=1, target="block", train_norms=True),
+    },
 }
 
 
@@ -83,6 +99,8 @@ def same(result: Any, expected: Any) -> None:
         expected_error = other.error_refined
         assert mine.error_refined == (expected_error and pytest.approx(expected_error, rel=1e-5))
     assert result.trials == expected.trials
+    curves = [[(b.name, b.errors, b.learning_rate) for b in r.blocks] for r in (result, expected)]
+    assert curves[0] == curves[1]
 
 
 @pytest.mark.parametrize("stop", [1, 8, 16])
@@ -152,6 +170,10 @@ def test_a_search_is_not_repeated(tmp_path):
         ({"batches": batches()[::-1]}, "the calibration data differ"),
         ({"model": llama(num_hidden_layers=3)}, "the model's weights differ"),
         ({"update": "obsupdate"}, "update was None and is now OBSUpdate"),
+        (
+            {"reconstruct": True, "calibration_order": "block"},
+            "reconstruct was None and is now BlockReconstruction",
+        ),
     ],
 )
 def test_refuses_another_run(tmp_path, change, message):
@@ -237,7 +259,19 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [3, 9, 20])
-@pytest.mark.parametrize("method", ["ria", "update", "block", "dense", "permuted", "magnitude"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "ria",
+        "update",
+        "block",
+        "dense",
+        "permuted",
+        "magnitude",
+        "reconstruct",
+        "reconstruct-block",
+    ],
+)
 def test_streamed(tmp_path, method, stop):
     options = METHODS[method]
     small().save_pretrained(tmp_path / "dense")

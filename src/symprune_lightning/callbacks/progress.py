@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from symprune_lightning.engine.hooks import PruningHooks
-from symprune_lightning.engine.result import LayerReport, PruneResult
+from symprune_lightning.engine.result import BlockReport, LayerReport, PruneResult
 
 
 class LayerBar(PruningHooks):
@@ -57,6 +57,11 @@ class LayerBar(PruningHooks):
             usage=usage,
         )
 
+    def on_reconstruction_epoch(self, block: str, epoch: int, error: float) -> None:
+        """See `PruningHooks`."""
+        description = f"reconstructing {block}, epoch {epoch}, held-out error {error:.5f}"
+        self._progress.update(self._task, description=description)
+
 
 class BlockLines(PruningHooks):
     """One line of log for each decoder block.
@@ -79,15 +84,29 @@ class BlockLines(PruningHooks):
     def on_layer_pruned(self, report: LayerReport, mask: Tensor) -> None:
         """See `PruningHooks`."""
         if self._last is not None and block_name(self._last.name) != block_name(report.name):
-            self._print_line(self._last)
+            self._print_line()
         self._last = report
         self._done += 1
         if report.final_error is not None:
             self._errors.append(report.final_error)
         if self._done == self._total:
-            self._print_line(report)
+            self._print_line()
 
-    def _print_line(self, last: LayerReport) -> None:
+    def on_block_reconstructed(self, report: BlockReport) -> None:
+        """See `PruningHooks`."""
+        self._print_line()
+        self._console.print(
+            f"reconstructed {report.name:<31} held-out error {report.error:.5f} to "
+            f"{report.error_reconstructed:.5f}  {len(report.errors) - 1} epochs, "
+            f"{report.seconds:.0f} s",
+            highlight=False,
+        )
+
+    def _print_line(self) -> None:
+        """Print the line of the last block, unless it was printed already."""
+        last, self._last = self._last, None
+        if last is None:
+            return
         done, total = self._done, self._total
         elapsed = time.monotonic() - self._start
         errors = self._errors

@@ -16,6 +16,7 @@ from symprune_lightning.engine.forward.batch import set_thread_modes, thread_mod
 from symprune_lightning.engine.forward.block import BlockCall, call_on_copies, first_tensor
 from symprune_lightning.engine.forward.calibration import Calibration
 from symprune_lightning.engine.forward.suspended import BlockTraining
+from symprune_lightning.engine.forward.targets import BlockTargets
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer
@@ -51,16 +52,19 @@ class BlockReconstructor:
         self.result = result
         self.journal = journal
         self.hooks = hooks
+        self._targets = BlockTargets(dense=method.target == "model")
         self._names = {module: name for name, module in calibration.model.named_modules()}
 
     @property
     def training(self) -> BlockTraining:
         """What the forward does for reconstruction."""
-        return BlockTraining(self.train, dense_targets=self.method.target == "model")
+        return BlockTraining(self.train, self._targets)
 
-    def names(self, blocks: set[nn.Module]) -> list[str]:
-        """Return the names of blocks, in model order."""
-        return [name for block, name in self._names.items() if block in blocks]
+    @property
+    def detached_blocks(self) -> list[str]:
+        """Names of the blocks whose targets were not those of the dense model as requested."""
+        detached = self._targets.detached_blocks
+        return [name for block, name in self._names.items() if block in detached]
 
     def train(self, block: nn.Module, calls: Sequence[BlockCall]) -> None:
         """Train a block on all ranks' calls of it, and write its weights; a collective."""
@@ -235,9 +239,7 @@ class BlockObjective:
         rows = bound - communicator.all_reduce_min(bound - (last + 1))
         counts = torch.zeros(rows * size, dtype=torch.float64)
         for number, call in self._calls.items():
-            tokens = call.target[..., 0].numel()
-            is_masked = call.valid is not None and call.valid.numel() == tokens
-            counts[number] = int(call.valid.sum()) if is_masked else tokens  # type: ignore[union-attr]
+            counts[number] = call.num_tokens
         communicator.all_reduce_sum_([counts])
         return {i: int(count) for i, count in enumerate(counts.tolist()) if count}
 

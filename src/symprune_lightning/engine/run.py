@@ -122,7 +122,7 @@ class PruningRun:
     def _prune_during_forward(self, recorder: Recorder) -> None:
         order = self.plan.method.calibration_order
         training = None if self._reconstructor is None else self._reconstructor.training
-        needs_dense = order == "dense" or (training is not None and training.dense_targets)
+        needs_dense = order == "dense" or (training is not None and training.targets.dense)
         finished: list[Layer] = []
         if not needs_dense:  # there the forward has to see the dense weights
             finished = [layer for layer in self.plan.layers if self._is_recorded([layer])]
@@ -154,7 +154,7 @@ class PruningRun:
         )
         if self._reconstructor is not None:
             _warn_about(
-                self._reconstructor.names(forward.detached_blocks),
+                self._reconstructor.detached_blocks,
                 "the input of these blocks is not the output of the block before, so they were "
                 "reconstructed towards the dense block's output for their own inputs",
             )

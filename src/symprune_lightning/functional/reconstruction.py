@@ -18,11 +18,11 @@ ReconstructionTarget = Literal["block", "model"]
 come through the pruned blocks before it. ``"model"``: the output of the same block in the dense
 model, so that each block also compensates for the errors of the blocks before it."""
 
-PROBE_STEPS = 12
-"""Steps for which each candidate learning rate is tried."""
+LEARNING_RATES = (5e-3, 1e-2, 2e-2)
+"""Learning rates that are tried if none is given."""
 
-PROBE_FACTORS = (0.5, 1.0, 2.0)
-"""Candidate learning rates, relative to ``learning_rate``."""
+PROBE_STEPS = 8
+"""Number of steps for which each of them is tried."""
 
 WARMUP = 0.05
 """Fraction of the steps in which the learning rate rises to its maximum."""
@@ -78,8 +78,7 @@ class BlockReconstruction:
         epochs: Passes over the calibration batches for each block.
         learning_rate: Learning rate of Adam relative to the root mean square of the kept weights of
             each tensor, so that it suits models of any scale. Warms up, then decays to zero along a
-            cosine. With ``probe``, the centre of the candidates.
-        probe: Whether half and twice the learning rate are tried for a few steps in every block.
+            cosine. ``None`` tries 0.005, 0.01 and 0.02 for a few steps in each block.
         batches_per_step: Calibration batches per optimizer step, over all ranks.
         target: ``"model"`` or ``"block"``, see
             [`ReconstructionTarget`][symprune_lightning.functional.reconstruction.ReconstructionTarget].
@@ -95,8 +94,7 @@ class BlockReconstruction:
     """
 
     epochs: int = 6
-    learning_rate: float = 5e-3
-    probe: bool = False
+    learning_rate: float | None = None
     batches_per_step: int = 1
     target: ReconstructionTarget = "model"
     train_norms: bool = False
@@ -104,8 +102,9 @@ class BlockReconstruction:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "learning_rate", "batches_per_step"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be positive")
         if self.target not in get_args(ReconstructionTarget):
             raise ValueError(f"target is {self.target!r}; it must be 'block' or 'model'")
 
@@ -136,7 +135,7 @@ class BlockReconstruction:
         errors = [objective.error(weights, held_out)]
         on_epoch(0, errors[0])
         rate = self.learning_rate
-        if self.probe:
+        if rate is None:
             rate = self._probe(weights, masks, objective, training, held_out)
         trainer = _Trainer(weights, masks, objective, rate)
         per_epoch = math.ceil(len(training) / self.batches_per_step)
@@ -166,11 +165,10 @@ class BlockReconstruction:
         training: Sequence[int],
         held_out: Sequence[int],
     ) -> float:
-        """Return the candidate learning rate with the lowest error after a few steps."""
+        """Return the learning rate with the lowest error after a few steps."""
         steps = self._steps(training, 0)[:PROBE_STEPS]
         errors = {}
-        for factor in PROBE_FACTORS:
-            rate = factor * self.learning_rate
+        for rate in LEARNING_RATES:
             trainer = _Trainer(weights, masks, objective, rate)
             for i, step in enumerate(steps):
                 trainer.step(step, _schedule(i, len(steps)))
@@ -189,7 +187,7 @@ class _Trainer:
         }
         self._masks = masks
         self._objective = objective
-        self._rates = {name: rate * _scale(weight) for name, weight in weights.items()}
+        self._rates = {name: rate * scale for name, scale in _scales(weights).items()}
         groups = [{"params": [w], "lr": self._rates[name]} for name, w in self.weights.items()]
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
 
@@ -221,10 +219,15 @@ def split_batches(batches: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]
     return batches[:-count], batches[-count:]
 
 
-def _scale(weight: Tensor) -> float:
-    """Return the root mean square of the weights that are not zero."""
-    count = int(weight.count_nonzero())
-    return math.sqrt(float(weight.square().sum()) / max(count, 1))
+def _scales(weights: Weights) -> dict[str, float]:
+    """Return the root mean square of the weights of each tensor that are not zero."""
+    scales = {}
+    for name, weight in weights.items():
+        count = int(weight.count_nonzero())
+        scales[name] = math.sqrt(float(weight.square().sum()) / max(count, 1))
+    # a bias that is zero has no scale of its own
+    smallest = min((scale for scale in scales.values() if scale), default=0.0)
+    return {name: scale or smallest for name, scale in scales.items()}
 
 
 def _schedule(step: int, total: int) -> float:

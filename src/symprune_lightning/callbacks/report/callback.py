@@ -40,6 +40,12 @@ SECTIONS = [
         "norm: by the initial mask, and after refining.",
     ),
     ("sparsity", "Sparsity of the layers", "Fraction of zeros."),
+    (
+        "reconstruction",
+        "Reconstruction of the blocks",
+        "Error of each block's output on held-out calibration sequences, relative to the error "
+        "before its kept weights were trained. One curve per block.",
+    ),
     ("swaps", "Refining", "Weights that the refiner exchanged in each layer."),
     (
         "scores",
@@ -149,7 +155,8 @@ class Report(Callback, PruningHooks):
             manifest["layers"],
             {} if self._result is None else self._result.masks,
             self._histograms,
-            self._split_times(manifest["layers"]),
+            self._split_times(manifest),
+            manifest["blocks"],
         )
         images = {name: png(figure) for name, figure in plots.items()}
         folder = Path(folder)
@@ -192,14 +199,17 @@ class Report(Callback, PruningHooks):
             number=format_number,
         )
 
-    def _split_times(self, layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return the phases, with pruning split into the forward and the work on layers."""
+    def _split_times(self, manifest: Mapping[str, Any]) -> dict[str, float]:
+        """Return the phases, with pruning split into the forward and the work on weights."""
         times: dict[str, float] = {}
         for phase, seconds in self._times.items():
             if phase == "pruning":
-                scoring = sum(layer["seconds"] for layer in layers)
+                scoring = sum(layer["seconds"] for layer in manifest["layers"])
+                training = sum(block["seconds"] for block in manifest["blocks"])
                 times["pruning: scores, masks, refining"] = scoring
-                times["pruning: calibration forward"] = max(0.0, seconds - scoring)
+                if manifest["blocks"]:
+                    times["pruning: reconstruction"] = training
+                times["pruning: calibration forward"] = max(0.0, seconds - scoring - training)
             else:
                 times[phase] = seconds
         return times
@@ -251,10 +261,15 @@ class Report(Callback, PruningHooks):
             for step, layer in enumerate(manifest["layers"]):
                 values = {k: float(layer[k]) for k in keys if layer[k] is not None}
                 logger.log_metrics({f"pruning/{k}": v for k, v in values.items()}, step=step)
+            for step, block in enumerate(manifest["blocks"]):
+                errors = {k: block[k] for k in ("error", "error_reconstructed")}
+                logger.log_metrics({f"blocks/{k}": v for k, v in errors.items()}, step=step)
             # TensorBoard's writer takes figures; loggers of other kinds have no such method
             add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
             if callable(add_figure):
-                for name, figure in figures(manifest["layers"], {}, {}, {}).items():
+                for name, figure in figures(
+                    manifest["layers"], {}, {}, {}, manifest["blocks"]
+                ).items():
                     add_figure(f"pruning/{name}", figure)
             logger.save()
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -79,6 +80,7 @@ def figures(
     masks: Mapping[str, Tensor],
     histograms: Mapping[str, Histogram],
     times: Mapping[str, float],
+    blocks: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Figure]:
     """Draw the figures of a report; figures without data are left out.
 
@@ -87,10 +89,11 @@ def figures(
         masks: Mapping of layer names to masks, shape ``(out_features, in_features)``; may be empty.
         histograms: Mapping of layer names to histograms of their scores; may be empty.
         times: Mapping of the phases of the run to their duration in seconds; may be empty.
+        blocks: Reports of the reconstructed blocks, the entry ``blocks`` of the manifest.
 
     Returns:
-        Figures by name: ``"sparsity"``, ``"error"``, ``"swaps"``, ``"time"``, ``"scores"`` and
-        ``"masks"``.
+        Figures by name: ``"sparsity"``, ``"error"``, ``"swaps"``, ``"reconstruction"``, ``"time"``,
+        ``"scores"`` and ``"masks"``.
     """
     drawn = {"sparsity": _line_plot(layers, "fraction of zeros", [("sparsity", BLUE, "sparsity")])}
     errors = [("error", ORANGE, "mask of the score"), ("error_refined", BLUE, "refined mask")]
@@ -100,6 +103,8 @@ def figures(
         drawn["error"] = _line_plot(layers, "relative squared error of the layer's output", errors)
     if any(layer.get("swaps") for layer in layers):
         drawn["swaps"] = _line_plot(layers, "swaps by the refiner", [("swaps", BLUE, "swaps")])
+    if blocks:
+        drawn["reconstruction"] = _reconstruction_plot(blocks)
     if times:
         drawn["time"] = _bar_chart(times)
     chosen = chosen_layers([str(layer["name"]) for layer in layers])
@@ -153,6 +158,25 @@ def _line_plot(layers: LayerReports, title: str, lines: Sequence[tuple[str, str,
     axes.set_ylim(bottom=0)
     if len(lines) > 1:
         axes.legend(frameon=False, labelcolor=GRAY, fontsize=8)
+    return figure
+
+
+def _reconstruction_plot(blocks: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot a curve per block: its held-out error by epoch, relative to that before training."""
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    axes = _axes(figure)
+    colors = colormaps["viridis"]
+    for i, block in enumerate(blocks):
+        errors = block["errors"]
+        color = colors(i / max(len(blocks) - 1, 1))
+        ends = i in (0, len(blocks) - 1)
+        label = block["name"] if ends else None
+        axes.plot([e / errors[0] for e in errors], color=color, linewidth=1, label=label)
+    axes.set_xlabel("epochs", fontsize=8)
+    axes.set_ylabel("held-out error, relative", fontsize=8)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, labelcolor=GRAY, fontsize=8)
     return figure
 
 

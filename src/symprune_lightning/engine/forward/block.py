@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,14 @@ class BlockCall:
     valid: Tensor | None
     modes: tuple[Any, ...]
     offloaded: Sequence[OffloadedTensor] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that are not padding; the target may be offloaded."""
+        tokens = math.prod(self.target.shape[:-1])
+        if self.valid is not None and self.valid.numel() == tokens:
+            return int(self.valid.sum())
+        return tokens
 
     @contextmanager
     def loaded(self) -> Iterator[None]:

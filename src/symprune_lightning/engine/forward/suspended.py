@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from symprune_lightning.engine.forward.batch import (
@@ -25,18 +24,13 @@ from symprune_lightning.engine.forward.batch import (
     current_batch,
     exit_forward,
     replay_finished_blocks,
-    thread_modes,
     valid_tokens,
 )
-from symprune_lightning.engine.forward.block import (
-    BlockCall,
-    call_on_copies,
-    first_tensor,
-    hidden_states,
-)
+from symprune_lightning.engine.forward.block import BlockCall, call_on_copies, hidden_states
 from symprune_lightning.engine.forward.calibration import Calibration
 from symprune_lightning.engine.forward.offload import OffloadedTensor
 from symprune_lightning.engine.forward.recorder import Recorder
+from symprune_lightning.engine.forward.targets import BlockTargets
 from symprune_lightning.engine.layers.base import Layer, watch_layers
 from symprune_lightning.engine.layers.select import decoder_blocks, excluded_layers
 from symprune_lightning.functional.statistics import CalibrationOrder
@@ -58,12 +52,11 @@ class BlockTraining:
 
     Attributes:
         train: Called with a pruned block and this rank's calls of it.
-        dense_targets: Whether the targets are the dense model's own hidden states; if not, they are
-            what the dense block returns for the inputs that come through the pruned blocks.
+        targets: Records these calls.
     """
 
     train: Callable[[nn.Module, Sequence[BlockCall]], None]
-    dense_targets: bool
+    targets: BlockTargets
 
 
 class SuspendedForward:
@@ -85,8 +78,6 @@ class SuspendedForward:
     Attributes:
         called_after_pruning: Names of layers that a batch called again after they were pruned;
             these calls were not measured.
-        detached_blocks: Blocks whose input is not the output of the block before. Their targets are
-            computed from their own input, although ``training`` asks for dense ones.
     """
 
     def __init__(
@@ -110,7 +101,6 @@ class SuspendedForward:
         self.training = training
         self.placement = calibration.placement
         self.called_after_pruning: set[str] = set()
-        self.detached_blocks: set[nn.Module] = set()
         self._layers_at = self._assign_layers()
         self._wait_points = self._sort_wait_points()
         # wait points that are not pruned yet; a dictionary as an ordered set
@@ -241,9 +231,8 @@ class SuspendedForward:
             for module, hook in hooks:
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
                 stack.callback(handle.remove)
-            if self.training is not None and self.training.dense_targets:
-                for block in blocks:
-                    stack.callback(block.register_forward_hook(self._keep_output).remove)
+            if self.training is not None:
+                stack.enter_context(self.training.targets.watch(blocks))
             for block in self.placement.blocks:
                 stack.enter_context(replay_finished_blocks(block))
             yield
@@ -282,56 +271,12 @@ class SuspendedForward:
             return
         # the inputs of the block's layers are measured in this call
         batch.is_measuring = True
-        output = first_tensor(call_on_copies(block, args, kwargs))
+        output = call_on_copies(block, args, kwargs)
         batch.is_measuring = False
         if self.training is not None:
-            if output is None:
-                raise ValueError(
-                    f"{type(block).__name__} returns no floating-point tensor, so it cannot be "
-                    f"reconstructed"
-                )
-            if self.training.dense_targets:
-                output = batch.dense_states = self._dense_output(batch, block, args, kwargs, output)
-            batch.block_call = BlockCall(
-                batch.number, args, kwargs, output, batch.valid, thread_modes()
-            )
-        del output
+            self.training.targets.record(batch, block, args, kwargs, output)
+        del output  # it would stay in memory while the batch waits
         self._wait_offloaded(batch, block, args, kwargs)
-
-    def _dense_output(
-        self,
-        batch: SuspendedBatch,
-        block: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Tensor,
-    ) -> Tensor:
-        """Return what the block returns in the dense model.
-
-        Args:
-            batch: The batch.
-            block: The block, still dense.
-            args: Its positional arguments, whose hidden states come through the pruned blocks.
-            kwargs: Its keyword arguments.
-            output: What it returned for these arguments; the result for the first block.
-        """
-        if batch.dense_states is None or batch.last_output is None:
-            return output
-        x = hidden_states(args, kwargs)
-        if x is None or x.shape != batch.last_output.shape or not torch.equal(x, batch.last_output):
-            self.detached_blocks.add(block)
-            return output
-        batch.is_computing_target = True
-        dense = first_tensor(call_on_copies(block, args, kwargs, batch.dense_states))
-        batch.is_computing_target = False
-        assert dense is not None
-        return dense
-
-    def _keep_output(self, block: nn.Module, args: object, output: object) -> None:
-        """Keep the output of a pruned block, to recognise it as the input of the next one."""
-        batch = current_batch()
-        if batch is not None and not (batch.is_measuring or batch.is_computing_target):
-            batch.last_output = first_tensor(output)
 
     def _wait_at_entry(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
