@@ -130,8 +130,7 @@ def is_planned(budget: str, name: str, seed: int) -> bool:
 def runs(options: argparse.Namespace, seed: int) -> Iterator[tuple[str, str, Settings]]:
     """Yield budget, name and settings of the runs of a seed that have no row yet."""
     finished = {
-        (row["budget"], row["method"], int(row["seed"]))
-        for row in rows(options.csv, options.text)
+        (row["budget"], row["method"], int(row["seed"])) for row in rows(options.csv, options.text)
     }
     for budget in options.budgets:
         for name, settings in methods().items():

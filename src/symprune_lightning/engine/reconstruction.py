@@ -15,7 +15,6 @@ from symprune_lightning.engine.distributed.dtensor import local_tensor, shard_li
 from symprune_lightning.engine.forward.batch import set_thread_modes, thread_modes
 from symprune_lightning.engine.forward.block import BlockCall, call_on_copies, first_tensor
 from symprune_lightning.engine.forward.calibration import Calibration
-from symprune_lightning.engine.forward.suspended import BlockTraining
 from symprune_lightning.engine.forward.targets import BlockTargets
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
@@ -35,6 +34,9 @@ class BlockReconstructor:
         result: Masks of the layers pruned so far; receives the reports.
         journal: Journal to resume from and write to.
         hooks: Observers.
+
+    Attributes:
+        targets: Records the calls of blocks while the batches run.
     """
 
     def __init__(
@@ -52,18 +54,13 @@ class BlockReconstructor:
         self.result = result
         self.journal = journal
         self.hooks = hooks
-        self._targets = BlockTargets(dense=method.target == "model")
+        self.targets = BlockTargets(dense=method.target == "model")
         self._names = {module: name for name, module in calibration.model.named_modules()}
-
-    @property
-    def training(self) -> BlockTraining:
-        """What the forward does for reconstruction."""
-        return BlockTraining(self.train, self._targets)
 
     @property
     def detached_blocks(self) -> list[str]:
         """Names of the blocks whose targets were not those of the dense model as requested."""
-        detached = self._targets.detached_blocks
+        detached = self.targets.detached_blocks
         return [name for block, name in self._names.items() if block in detached]
 
     def train(self, block: nn.Module, calls: Sequence[BlockCall]) -> None:

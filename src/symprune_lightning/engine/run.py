@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.forward.calibration import Calibration
 from symprune_lightning.engine.forward.recorder import Recorder
-from symprune_lightning.engine.forward.suspended import SuspendedForward
+from symprune_lightning.engine.forward.suspended import BlockTraining, SuspendedForward
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer
@@ -121,7 +121,9 @@ class PruningRun:
 
     def _prune_during_forward(self, recorder: Recorder) -> None:
         order = self.plan.method.calibration_order
-        training = None if self._reconstructor is None else self._reconstructor.training
+        training = None
+        if self._reconstructor is not None:
+            training = BlockTraining(self._reconstructor.train, self._reconstructor.targets)
         needs_dense = order == "dense" or (training is not None and training.targets.dense)
         finished: list[Layer] = []
         if not needs_dense:  # there the forward has to see the dense weights

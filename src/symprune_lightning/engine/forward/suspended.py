@@ -7,6 +7,8 @@ resume through the sparse weights. Nothing is traced and no forward is copied, s
 works, whatever its arguments, masks and caches.
 
 Memory: about one hidden state per batch; for wait points inside a block, the block's activations.
+
+Longer than 300 lines since the scheduler and the hooks that switch to it share their state.
 """
 
 from __future__ import annotations
