@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import count, takewhile
 from os import PathLike
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from symprune_lightning.engine.differences import fingerprint_differences
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.files import atomic_file, write_json
 from symprune_lightning.engine.layers.base import Layer
@@ -136,8 +137,9 @@ class Journal:
         for key in entry.parameters:
             parameter = block.get_parameter(key)
             buffer = torch.empty(parameter.shape, dtype=parameter.dtype)
-            value = self.communicator.broadcast(stored.get(key, buffer))
-            parameters[key] = value.to(parameter.device)
+            parameters[key] = self.communicator.broadcast(stored.get(key, buffer)).to(
+                parameter.device
+            )
         return BlockRecord(entry.report, parameters)
 
     def start_block(self, block: int) -> None:
@@ -246,7 +248,7 @@ class Journal:
                 f"this version of symprune-lightning reads format {FORMAT_VERSION}: resume with "
                 f"the version that wrote it, or delete the folder to start over"
             )
-        differences = list(_differences(recorded, fingerprint))
+        differences = list(fingerprint_differences(recorded, fingerprint))
         if differences:
             raise JournalError(
                 f"{self.folder} is the journal of another run: {'; '.join(differences)}. Use the "
@@ -298,30 +300,3 @@ def _read_headers(file: Path) -> dict[str, Any]:
             f"cannot read {file}: {error}. Delete it and all files with higher numbers to resume "
             f"from the block before"
         ) from error
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """Yield a phrase for each entry in which two fingerprints differ."""
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
-        if key == "layers":
-            yield from _layer_differences(old or {}, new or {})
-        elif key in ("weights", "data"):
-            subject = {"weights": "the model's weights", "data": "the calibration data"}[key]
-            yield f"{subject} differ"
-        else:
-            yield f"{key} was {old} and is now {new}"
-
-
-def _layer_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """Yield the differences of the first layer that differs; the others are likely the same."""
-    name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
-    old, new = before.get(name), now.get(name)
-    if old is None or new is None:
-        yield f"layer {name} was {'not ' if old is None else ''}among the layers to prune"
-        return
-    for key in old:
-        if old[key] != new[key]:
-            yield f"{key} of layer {name} was {old[key]} and is now {new[key]}"
