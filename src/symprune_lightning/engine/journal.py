@@ -1,4 +1,7 @@
-"""The journal of a run: an on-disk log of finished blocks, from which a run resumes."""
+"""The journal of a run: an on-disk log of finished blocks, from which a run resumes.
+
+Longer than 300 lines since reading and writing of a format belong together.
+"""
 
 from __future__ import annotations
 
@@ -92,10 +95,8 @@ class Journal:
         self._finished = {n: e for n, e in entries.items() if e.file_index < last}
         self._last_block = {n: e for n, e in entries.items() if e.file_index == last}
         self._num_files = max(last, 0)
-        for name, header in headers["blocks"].items():
-            entry = _BlockEntry(**{**header, "report": BlockReport(**header["report"])})
-            if entry.file_index < last:
-                self._finished_blocks[name] = entry
+        blocks = {name: _block_entry(**header) for name, header in headers["blocks"].items()}
+        self._finished_blocks = {n: e for n, e in blocks.items() if e.file_index < last}
 
     def is_finished(self, layer: str) -> bool:
         """Return whether the layer is recorded and need not be pruned again."""
@@ -135,11 +136,9 @@ class Journal:
                 stored = {key: file.get_tensor(f"{name}::{key}") for key in entry.parameters}
         parameters = {}
         for key in entry.parameters:
-            parameter = block.get_parameter(key)
-            buffer = torch.empty(parameter.shape, dtype=parameter.dtype)
-            parameters[key] = self.communicator.broadcast(stored.get(key, buffer)).to(
-                parameter.device
-            )
+            like = block.get_parameter(key)
+            buffer = stored.get(key, torch.empty(like.shape, dtype=like.dtype))
+            parameters[key] = self.communicator.broadcast(buffer).to(like.device)
         return BlockRecord(entry.report, parameters)
 
     def start_block(self, block: int) -> None:
@@ -288,6 +287,10 @@ class Journal:
 def _entry(report: dict[str, Any], tensors: list[str], file_index: int) -> _Entry:
     shape = tuple(report["shape"])
     return _Entry(LayerReport(**{**report, "shape": shape}), file_index, tensors)
+
+
+def _block_entry(report: dict[str, Any], parameters: list[str], file_index: int) -> _BlockEntry:
+    return _BlockEntry(BlockReport(**report), file_index, parameters)
 
 
 def _read_headers(file: Path) -> dict[str, Any]:
