@@ -1,5 +1,6 @@
 __version__: str
 
+from .callbacks.distillation import Distillation as Distillation
 from .callbacks.finetuning import MaskedFinetuning as MaskedFinetuning
 from .callbacks.pruning import PruningCallback as PruningCallback
 from .callbacks.report.callback import Report as Report
@@ -35,6 +36,8 @@ from .functional.allocation import Progression as Progression
 from .functional.allocation import Search as Search
 from .functional.allocation import Sensitivity as Sensitivity
 from .functional.allocation import Uniform as Uniform
+from .functional.distillation import TeacherTokens as TeacherTokens
+from .functional.distillation import distillation_loss as distillation_loss
 from .functional.packing import PackedMasks as PackedMasks
 from .functional.patterns import NM as NM
 from .functional.patterns import Pattern as Pattern
@@ -65,5 +68,6 @@ from .functional.update import MaskedCG as MaskedCG
 from .functional.update import OBSUpdate as OBSUpdate
 from .functional.update import WeightUpdate as WeightUpdate
 from .module import CausalLMModule as CausalLMModule
+from .self_text import SelfText as SelfText
 from .texts import TextSource as TextSource
 from .trainer import Trainer as Trainer

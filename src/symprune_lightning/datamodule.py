@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX, load_tokenizer
+from symprune_lightning.self_text import SELF, SelfText, sample_sequences
 from symprune_lightning.texts import Evaluation, Texts, load_texts, shuffled, source_settings
 
 EVALUATION = "evaluation"
@@ -31,7 +34,9 @@ class CalibrationDataModule(LightningDataModule):
     Args:
         dataset: ``"python-docs"`` (the reference manual of the Python standard library, available
             offline; 113 thousand tokens with a vocabulary of 49 thousand), a hub dataset, a local
-            folder or text file, a ``TextSource``, or an iterable of texts or of lists of token ids.
+            folder or text file, a ``TextSource``, or an iterable of texts or of lists of token ids;
+            or ``"self"`` or a ``SelfText``, sampled from the model that is pruned (for calibration
+            and training; needs ``evaluation``).
         tokenizer: A tokenizer, or a model name as in ``CausalLMModule``. Not needed for token ids.
             Default: ``None``.
         sequences: Number of calibration sequences. Default: 128, as in the Wanda and RIA papers.
@@ -49,7 +54,7 @@ class CalibrationDataModule(LightningDataModule):
 
     Raises:
         ValueError: A size is not positive, there are not enough texts, or texts are passed without
-            a tokenizer.
+            a tokenizer; or there is no model to sample from.
         FileNotFoundError: ``dataset`` or ``evaluation`` is a text file that does not exist.
 
     Examples:
@@ -64,7 +69,7 @@ class CalibrationDataModule(LightningDataModule):
 
     def __init__(
         self,
-        dataset: Texts,
+        dataset: Texts | SelfText,
         tokenizer: Tokenizer | str | None = None,
         *,
         sequences: int = 128,
@@ -95,6 +100,13 @@ class CalibrationDataModule(LightningDataModule):
             raise ValueError(
                 f"training_sequences must not be negative, but got {training_sequences}"
             )
+        if isinstance(dataset, str) and dataset == SELF:
+            dataset = SelfText()
+        if isinstance(dataset, SelfText) and evaluation is None:
+            raise ValueError(
+                "the model's own text is for calibration only: pass evaluation=, such as "
+                "evaluation='python-docs'"
+            )
         self.dataset = dataset
         self.evaluation = evaluation
         self.sequences = sequences
@@ -117,11 +129,21 @@ class CalibrationDataModule(LightningDataModule):
         return self._tokenizer
 
     def setup(self, stage: str | None = None) -> None:
-        """Tokenize and pack all splits. Further calls do nothing."""
+        """Tokenize and pack all splits. Further calls do nothing.
+
+        The model's own text is sampled when its loader is requested for the first time.
+        """
         if self._splits:
             return
         # One iterator for all splits: each continues after the last text of the previous one, so
         # that no text is in two splits.
+        if isinstance(self.dataset, SelfText):
+            self._splits = {
+                split: self._pack(self._tokenized(texts), self.evaluation_sequences, split)
+                for split, texts in self._evaluation_sets().items()
+                if texts is not None
+            }
+            return
         sequences = self._tokenized(self.dataset)
         splits = {"calibration": self._pack(sequences, self.sequences, "calibration")}
         for split, texts in self._evaluation_sets().items():
@@ -180,7 +202,9 @@ class CalibrationDataModule(LightningDataModule):
             "seed",
         )
         return {
-            "dataset": source_settings(self.dataset),
+            "dataset": asdict(self.dataset)
+            if isinstance(self.dataset, SelfText)
+            else source_settings(self.dataset),
             "evaluation": source_settings(self.evaluation),
             **{name: getattr(self, name) for name in numbers},
             "sha256": self.hashes,
@@ -188,10 +212,33 @@ class CalibrationDataModule(LightningDataModule):
 
     def _dataloader(self, split: str) -> DataLoader[dict[str, Tensor]]:
         self.setup()
+        if split not in self._splits:
+            self._splits[split] = self._sample(split)
         rows: Any = [{"input_ids": ids} for ids in self._splits[split]]
         if split in self._evaluation_sets():
             rows = _padded_rows(rows, self._num_replicas)
         return DataLoader(rows, batch_size=self.batch_size)
+
+    def _sample(self, split: str) -> Tensor:
+        """Sample a split from the model of the Trainer."""
+        assert isinstance(self.dataset, SelfText)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        model = getattr(module, "prunable_model", module)
+        if not isinstance(model, PreTrainedModel) or any(p.is_meta for p in model.parameters()):
+            raise ValueError(
+                "dataset='self' samples from the model that is pruned, which must be a "
+                "transformers model in memory: use it with a Trainer and a CausalLMModule, and "
+                "without streaming"
+            )
+        splits = ("calibration", "training")
+        return sample_sequences(
+            model,
+            self.tokenizer,
+            self.dataset,
+            count=dict(zip(splits, (self.sequences, self.training_sequences), strict=True))[split],
+            length=self.sequence_length,
+            seed=2 * self.seed + splits.index(split),
+        )
 
     def _evaluation_sets(self) -> dict[str, Texts | None]:
         """Map the evaluation splits to their texts; ``None`` for further texts of ``dataset``."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics import Metric
@@ -18,9 +20,17 @@ from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX, load_model
 from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.distributed.sharding import shard_model_
 from symprune_lightning.engine.layers.select import decoder_blocks, prunable_layers
+from symprune_lightning.functional.distillation import TeacherTokens, distillation_loss
+from symprune_lightning.functional.schedule import warmup_cosine
 
 Batch = Mapping[str, Tensor]
 """``input_ids`` and optionally ``attention_mask`` and ``labels``, each ``(batch, tokens)``."""
+
+TEACHER_INDICES, TEACHER_LOG_PROBS = "teacher_indices", "teacher_log_probs"
+"""Keys of the predictions of a teacher in a batch, each ``(batch, tokens, k)``."""
+
+TARGETS = frozenset({"labels", TEACHER_INDICES, TEACHER_LOG_PROBS})
+"""Keys of a batch that are not inputs of the model."""
 
 MAX_LOGITS = 2**25
 """Maximum number of logits converted to float32 at once (128 MiB)."""
@@ -76,6 +86,8 @@ class CausalLMModule(LightningModule):
         dtype: ``"auto"`` for the dtype of the checkpoint (float32 for GGUF), or a name such as
             ``"bfloat16"``. Ignored for a loaded model. Default: ``"auto"``.
         learning_rate: Learning rate of AdamW in ``fit``. Default: ``2e-5``.
+        lr_schedule: ``"constant"``, or ``"cosine"``: a short linear warm-up, then a cosine to zero
+            over the steps of the ``fit``. Default: ``"constant"``.
         trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
 
     Attributes:
@@ -98,6 +110,7 @@ class CausalLMModule(LightningModule):
         pretrained: str | PathLike[str] | PreTrainedModel,
         dtype: str = "auto",
         learning_rate: float = 2e-5,
+        lr_schedule: Literal["constant", "cosine"] = "constant",
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -111,6 +124,7 @@ class CausalLMModule(LightningModule):
             self.pretrained, self.model = str(pretrained.config.name_or_path), pretrained
         self.dtype_name = dtype
         self.learning_rate = learning_rate
+        self.lr_schedule = lr_schedule
         self.trust_remote_code = trust_remote_code
         self.val_perplexity = TokenPerplexity(ignore_index=IGNORE_INDEX)
         self.test_perplexity = TokenPerplexity(ignore_index=IGNORE_INDEX)
@@ -154,7 +168,7 @@ class CausalLMModule(LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits of a batch, shape ``(batch, tokens, vocabulary)``."""
         # without labels, of which the model would compute a loss that is not used
-        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        inputs = {name: x for name, x in batch.items() if name not in TARGETS}
         logits: Tensor = self.prunable_model(**inputs, use_cache=False).logits
         return logits
 
@@ -164,9 +178,18 @@ class CausalLMModule(LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean negative log-likelihood per token of a batch."""
+        """Return the mean negative log-likelihood per token of a batch.
+
+        With the predictions of a teacher in the batch (``Distillation``), return the mean
+        divergence from them.
+        """
         logits = self(batch)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), _targets(batch).flatten())
+        if TEACHER_INDICES in batch:
+            teacher = TeacherTokens(batch[TEACHER_INDICES], batch[TEACHER_LOG_PROBS])
+            mask = batch.get("attention_mask")
+            loss = distillation_loss(logits, teacher, None if mask is None else mask.bool())
+        else:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), _targets(batch).flatten())
         if self._trainer is not None:
             self._log_loss(loss)
         return loss
@@ -194,9 +217,19 @@ class CausalLMModule(LightningModule):
         """Log loss and perplexity over all batches and ranks."""
         self._log_perplexity("test", self.test_perplexity)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW with a constant learning rate."""
-        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return AdamW, and the schedule of its learning rate."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+        if self.lr_schedule == "constant":
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(min(step, steps - 1), steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
     def _metric(
         self, single: TokenPerplexity, loaders_name: str, dataloader_idx: int

@@ -17,6 +17,12 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from transformers import PreTrainedModel
 
+from symprune_lightning.callbacks.distillation import (
+    Distillation,
+    find_distillation,
+    recovery_callbacks,
+    recovery_checkpoint,
+)
 from symprune_lightning.callbacks.integration import model_name, pruning_target
 from symprune_lightning.callbacks.pruning import (
     PruneStage,
@@ -176,8 +182,11 @@ class Trainer(pl.Trainer):
     ) -> PruneResult:
         """Evaluate, prune, evaluate again, and write the pruned checkpoint.
 
+        With a ``Distillation`` callback, the pruned model is then trained with its zeros kept for
+        the Trainer's ``max_steps`` (or ``max_epochs``), and evaluated once more.
+
         With ``output``, finished blocks are recorded in the folder ``.<output>.journal`` next to
-        it. After a crash, the same call resumes from there.
+        it, and so are checkpoints of the training. After a crash, the same call resumes from there.
 
         Args:
             model: The LightningModule; to write a checkpoint, its ``prunable_model`` must be a
@@ -194,18 +203,23 @@ class Trainer(pl.Trainer):
 
         Raises:
             TypeError: ``output`` is given but the module wraps no transformers model.
-            ValueError: There is not exactly one pruning callback with ``when="validate"``; or an
-                argument that streaming needs is missing.
+            ValueError: There is not exactly one pruning callback with ``when="validate"``; an
+                argument that streaming needs is missing; or ``Distillation`` has no number of
+                steps or no training data.
             OSError: The folder cannot be written; raised before anything runs.
         """
-        callback = find_pruning_callback([*self.callbacks, *_as_list(callbacks)])
+        all_callbacks = [*self.callbacks, *_as_list(callbacks)]
+        callback = find_pruning_callback(all_callbacks)
+        distillation = find_distillation(all_callbacks)
+        if distillation is not None:
+            distillation.check_data(self, datamodule)
         if output is not None:
             check_destination(output)
             if not isinstance(model, CausalLMModule):
                 _transformers_model(model)
         with (
-            self._with_callbacks([*self.callbacks, *_as_list(callbacks)]),
-            self._temporary_journal(callback, output),
+            self._with_callbacks(all_callbacks),
+            self._temporary_journal(callback, distillation, output) as folder,
         ):
             if stream:
                 return self._prune_streamed(output, model, datamodule, callback)
@@ -216,25 +230,58 @@ class Trainer(pl.Trainer):
                     "nothing was pruned, because the validation set is empty: pass validation "
                     "batches, and check limit_val_batches"
                 )
+            if distillation is not None:
+                self._recover(model, dataloaders, datamodule, result, folder)
             if output is not None:
                 self._save(output, model, datamodule, callback, result)
             self.strategy.barrier()
         return result
 
     @contextmanager
-    def _temporary_journal(self, callback: PruningCallback, output: str | None) -> Iterator[None]:
-        """Use a temporary journal next to the output unless the user set one."""
-        if output is None or callback.journal is not None:
-            yield
+    def _temporary_journal(
+        self, callback: PruningCallback, distillation: Distillation | None, output: str | None
+    ) -> Iterator[Path | None]:
+        """Use a temporary folder next to the output for journals that the user has not placed.
+
+        Yields:
+            The folder; ``None`` without an output.
+        """
+        if output is None:
+            yield None
             return
-        path = Path(output).expanduser().absolute()
-        callback.journal = hidden_sibling(path, "journal")
+        folder = hidden_sibling(Path(output).expanduser().absolute(), "journal")
+        journal, teacher = callback.journal, None if distillation is None else distillation.folder
+        callback.journal = journal or folder
+        if distillation is not None:
+            distillation.folder = teacher or str(folder / "teacher")
         try:
-            yield
+            yield folder
             if self.is_global_zero:
-                shutil.rmtree(callback.journal, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
         finally:
-            callback.journal = None
+            callback.journal = journal
+            if distillation is not None:
+                distillation.folder = teacher
+
+    def _recover(
+        self,
+        model: LightningModule,
+        dataloaders: Any,
+        datamodule: LightningDataModule | None,
+        result: PruneResult,
+        folder: Path | None,
+    ) -> None:
+        """Train the pruned model with its zeros kept, and evaluate it again."""
+        for hook in pruning_hooks(self):
+            hook.on_recovery_start()
+        assert datamodule is not None, "checked before pruning"
+        self.fit(
+            model,
+            train_dataloaders=datamodule.train_dataloader(),
+            ckpt_path=None if folder is None else recovery_checkpoint(folder),
+            callbacks=recovery_callbacks(result.masks, folder),
+        )
+        self.validate(model, dataloaders, verbose=False, datamodule=datamodule)
 
     def _prune_streamed(
         self,
@@ -309,18 +356,20 @@ class Trainer(pl.Trainer):
         for hook in pruning_hooks(self):
             hook.on_checkpoint_saved(path, manifest)
 
-    @staticmethod
     def _manifest(
+        self,
         module: LightningModule,
         datamodule: LightningDataModule | None,
         callback: PruningCallback,
         result: PruneResult,
     ) -> dict[str, Any]:
+        distillation = find_distillation(self.callbacks)
         return build_manifest(
             result,
             model=model_name(module),
             settings=callback.settings,
             datamodule=datamodule if isinstance(datamodule, CalibrationDataModule) else None,
+            distillation=None if distillation is None else distillation.settings,
             dense=callback.dense_metrics,
             pruned=callback.sparse_metrics,
         )

@@ -323,6 +323,23 @@ def state_of(tuned: Tuned) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in tuned.named_parameters()}
 
 
+def test_a_fit_that_resumes_within_an_epoch_keeps_the_zeros(tmp_path):
+    """Lightning then calls no hook at the start of that epoch."""
+    tuned, masked, pruning = module(), MaskedFinetuning(), sparse()
+    saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    trainer(max_steps=3).fit(tuned, datamodule=data(), callbacks=[pruning, masked, saved])
+    resumed, watch, again = module(), Watch(), MaskedFinetuning()
+    trainer(max_steps=6).fit(
+        resumed,
+        datamodule=data(),
+        ckpt_path=tmp_path / "step=3.ckpt",
+        callbacks=[sparse(), again, watch],
+    )
+    assert watch.revived == 0
+    assert again.masks == pruning.result.masks
+    assert num_revived(resumed.prunable_model, pruning.result.masks) == 0
+
+
 def test_a_resumed_fit_equals_an_uninterrupted_one(tmp_path):
     whole, masks = fit(tmp_path / "whole", 4)
     fit(tmp_path / "half", 2)

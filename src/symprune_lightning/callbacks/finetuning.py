@@ -125,8 +125,13 @@ class MaskedFinetuning(Callback, PruningHooks):
             for optimizer in trainer.optimizers
         ]
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect the masks; callbacks that prune before training have done so by now."""
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Collect the masks; callbacks that prune before training have done so by now.
+
+        Not at the start of an epoch: Lightning skips that hook when it resumes within one.
+        """
         if self._is_active:
             return
         if not self._restored:

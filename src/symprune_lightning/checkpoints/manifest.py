@@ -26,6 +26,7 @@ def build_manifest(
     model: str,
     settings: Mapping[str, Any],
     datamodule: CalibrationDataModule | None = None,
+    distillation: Mapping[str, Any] | None = None,
     dense: Mapping[str, float] | None = None,
     pruned: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def build_manifest(
         model: Name or path of the dense model.
         settings: The method.
         datamodule: Source and hashes of the tokens.
+        distillation: How the pruned model was trained, if it was.
         dense: Metrics of the dense model.
         pruned: Metrics of the pruned model.
     """
@@ -44,6 +46,7 @@ def build_manifest(
         "model": model,
         "settings": dict(settings),
         "data": None if datamodule is None else datamodule.settings,
+        "distillation": None if distillation is None else dict(distillation),
         "sparsity": result.sparsity,
         "metrics": {"dense": dict(dense or {}), "pruned": dict(pruned or {})},
         "layers": [asdict(report) for report in result.layers],

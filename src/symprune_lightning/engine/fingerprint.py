@@ -44,7 +44,7 @@ def run_fingerprint(plan: PruningPlan, calibration: Calibration) -> dict[str, An
             }
             for layer in plan.layers
         },
-        "weights": _hash_weights(calibration.model) if weights is None else weights,
+        "weights": hash_weights(calibration.model) if weights is None else weights,
         "data": _hash_batches(calibration.batches, calibration.communicator),
     }
 
@@ -54,7 +54,8 @@ def _repr(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _hash_weights(model: nn.Module) -> str:
+def hash_weights(model: nn.Module) -> str:
+    """Return a hash of all parameters; gathers sharded ones, so every rank must call this."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         value = full_tensor(parameter.detach())

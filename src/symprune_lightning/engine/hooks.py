@@ -95,6 +95,9 @@ class PruningHooks:
             metrics: Metrics of the dense model.
         """
 
+    def on_recovery_start(self) -> None:
+        """Called after the pruned model was evaluated, before it is trained and evaluated again."""
+
     def on_checkpoint_saved(self, path: Path, manifest: Mapping[str, Any]) -> None:
         """Called on rank 0 after the pruned checkpoint was written.
 

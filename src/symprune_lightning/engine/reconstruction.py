@@ -231,9 +231,7 @@ class BlockObjective:
         communicator = self._communicator
         size = communicator.data_world_size
         last = max((number // size for number in self._calls), default=-1)
-        # all_reduce_min of a difference is a maximum
-        bound = 2**31
-        rows = bound - communicator.all_reduce_min(bound - (last + 1))
+        rows = communicator.all_reduce_max(last + 1)
         counts = torch.zeros(rows * size, dtype=torch.float64)
         for number, call in self._calls.items():
             counts[number] = call.num_tokens

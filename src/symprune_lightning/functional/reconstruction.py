@@ -10,6 +10,8 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from symprune_lightning.functional.schedule import warmup_cosine
+
 Weights = dict[str, Tensor]
 """Parameter name to float32 master copy, zero where pruned."""
 
@@ -23,9 +25,6 @@ LEARNING_RATES = (5e-3, 1e-2, 2e-2)
 
 PROBE_STEPS = 8
 """Number of steps for which each of them is tried."""
-
-WARMUP = 0.05
-"""Fraction of the steps in which the learning rate rises to its maximum."""
 
 
 class Objective(Protocol):
@@ -142,7 +141,7 @@ class BlockReconstruction:
         best: Weights | None = None
         for epoch in range(self.epochs):
             for i, step in enumerate(self._steps(training, epoch)):
-                trainer.step(step, _schedule(epoch * per_epoch + i, self.epochs * per_epoch))
+                trainer.step(step, warmup_cosine(epoch * per_epoch + i, self.epochs * per_epoch))
             error = objective.error(trainer.weights, held_out)
             if error < min(errors):
                 best = {name: weight.detach().clone() for name, weight in trainer.weights.items()}
@@ -171,7 +170,7 @@ class BlockReconstruction:
         for rate in LEARNING_RATES:
             trainer = _Trainer(weights, masks, objective, rate)
             for i, step in enumerate(steps):
-                trainer.step(step, _schedule(i, len(steps)))
+                trainer.step(step, warmup_cosine(i, len(steps)))
             errors[rate] = objective.error(trainer.weights, held_out)
         return min(errors, key=errors.__getitem__)
 
@@ -228,11 +227,3 @@ def _scales(weights: Weights) -> dict[str, float]:
     # a bias that is zero has no scale of its own
     smallest = min((scale for scale in scales.values() if scale), default=0.0)
     return {name: scale or smallest for name, scale in scales.items()}
-
-
-def _schedule(step: int, total: int) -> float:
-    """Return the factor of the learning rate: a linear warm-up, then a cosine to zero."""
-    warmup = max(1, round(WARMUP * total))
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

@@ -96,11 +96,12 @@ class Report(Callback, PruningHooks):
         self._histograms: dict[str, Histogram] = {}
         self._times: dict[str, float] = {}
         self._phase_start = time.perf_counter()
+        self._is_finished = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start the timer of a new run."""
-        # the dense evaluation and the pruned one call setup each; only a finished run is over
-        if self._result is not None or not self._times:
+        # several evaluations and a training call setup within one run
+        if self._is_finished or not self._times:
             self._reset()
 
     def on_pruning_start(self, layers: Sequence[str]) -> None:
@@ -128,6 +129,7 @@ class Report(Callback, PruningHooks):
         if trainer.state.fn != TrainerFn.VALIDATING:
             return
         phase = "dense" if self._result is None else "pruned"
+        self._is_finished = self._result is not None
         self._end_phase(f"evaluation, {phase}")
         self._samples[phase] = self._generate(trainer, pl_module)
         manifest = self._manifest(trainer, pl_module)
@@ -136,6 +138,14 @@ class Report(Callback, PruningHooks):
         self._log(trainer, manifest)
         if self.folder is not None and trainer.is_global_zero:
             self.write(self.folder, manifest)
+
+    def on_recovery_start(self) -> None:
+        """Note that another evaluation follows."""
+        self._is_finished = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the time of training."""
+        self._end_phase("training")
 
     def on_checkpoint_saved(self, path: Path, manifest: Mapping[str, Any]) -> None:
         """Write the page into the checkpoint."""

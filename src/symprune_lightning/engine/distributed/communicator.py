@@ -131,6 +131,14 @@ class Communicator:
             self._raise_on_all_ranks(error)
         return int(minimum)
 
+    def all_reduce_max(self, value: int) -> int:
+        """Return the maximum of a value, at least 0, over all ranks."""
+        if self.world_size == 1:
+            return value
+        maximum = torch.tensor(value, device=self.device)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        return int(maximum)
+
     def union_of_indices(self, indices: Iterable[int], count: int) -> list[int]:
         """Return the indices below ``count`` that any rank holds, sorted."""
         if self.world_size == 1:

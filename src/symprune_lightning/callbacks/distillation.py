@@ -1,0 +1,277 @@
+"""Recovery of a pruned model by distillation from the dense one."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from symprune_lightning.callbacks.finetuning import MaskedFinetuning
+from symprune_lightning.callbacks.integration import (
+    calibration_forward,
+    communicator_of,
+    pruning_target,
+    transfer_batches,
+)
+from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.engine.distributed.communicator import Communicator
+from symprune_lightning.engine.files import atomic_file
+from symprune_lightning.engine.fingerprint import hash_weights
+from symprune_lightning.engine.hooks import PruningHooks
+from symprune_lightning.functional.distillation import TeacherTokens
+from symprune_lightning.functional.packing import PackedMasks
+from symprune_lightning.module import TEACHER_INDICES, TEACHER_LOG_PROBS
+
+CHECKPOINT_STEPS = 50
+"""Number of training steps between the checkpoints of a recovery."""
+
+
+class Distillation(Callback, PruningHooks):
+    """Trains the pruned model to predict what the dense model did.
+
+    Before the first layer is pruned, the dense model runs once over the training batches, and its
+    ``top_k`` most probable tokens at each position are stored. During ``fit``, every batch carries
+    those of its sequences under the keys ``"teacher_indices"`` and ``"teacher_log_probs"``, and
+    ``CausalLMModule.training_step`` minimises the divergence from them (`distillation_loss`) in
+    place of the cross-entropy. So there is never a second model in memory.
+
+    With ``Trainer.prune``, the model is trained right after it was pruned and evaluated, for the
+    ``max_steps`` of the Trainer and with its zeros kept, and is evaluated again. In a ``fit`` of
+    any Trainer, use it together with ``SymPrune(when="fit_start")`` and ``MaskedFinetuning``.
+
+    The training batches are those of the data module's ``train_dataloader``, or of the ``fit``.
+    They must be mappings with ``"input_ids"``.
+
+    Args:
+        top_k: Number of tokens per position. Default: 64. A position takes 8 bytes for each.
+        folder: Where to store them, one file per sequence; must be visible to all ranks. Default:
+            ``None``, a temporary folder, or next to the output of ``Trainer.prune``.
+
+    Raises:
+        ValueError: ``top_k`` is below 1; or in ``fit``, the dense model has not seen a sequence.
+
+    Examples:
+        >>> Distillation(top_k=32).top_k
+        32
+    """
+
+    def __init__(self, top_k: int = 64, folder: str | None = None) -> None:
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}; it must be at least 1")
+        self.top_k = top_k
+        self.folder = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._stored: Path | None = None
+        self._run: tuple[Trainer, LightningModule] | None = None
+        self._training: dict[str, Any] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings and the steps taken, as recorded in the manifest."""
+        return {"top_k": self.top_k, **self._training}
+
+    def check_data(self, trainer: Trainer, datamodule: LightningDataModule | None) -> None:
+        """Check before anything runs that a pruned model can be trained.
+
+        Raises:
+            ValueError: It is unknown for how many steps, or on which data.
+        """
+        if trainer.max_steps == -1 and trainer.max_epochs is None:
+            raise ValueError(
+                "Distillation trains for the Trainer's max_steps or max_epochs, and neither is "
+                "set: pass Trainer(max_steps=300), for example"
+            )
+        if datamodule is None:
+            raise ValueError(
+                "Distillation takes its training batches from a data module: pass datamodule=, "
+                "such as CalibrationDataModule(training_sequences=…)"
+            )
+        if isinstance(datamodule, CalibrationDataModule) and not datamodule.training_sequences:
+            raise ValueError("Distillation needs training data: set training_sequences")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the folder of the stored tokens, for a ``fit`` that resumes."""
+        return {} if self._stored is None else {"folder": str(self._stored)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the folder."""
+        self._stored = Path(state_dict["folder"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remember the module, whose dense weights are needed later."""
+        self._run = trainer, pl_module
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Drop the module."""
+        self._run = None
+
+    def on_stream_start(self) -> None:
+        """Refuse a model that is not in memory.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("Distillation trains the model, which cannot be combined with streaming")
+
+    def on_pruning_start(self, layers: Sequence[str]) -> None:
+        """Run the dense model over the training batches, and store its predictions."""
+        if self._run is None or self._stored is not None:
+            return  # gradual pruning: stored before the first step
+        trainer, module = self._run
+        communicator = communicator_of(trainer)
+        folder = self._folder(communicator) / hash_weights(pruning_target(module))[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        was_training = module.training
+        module.eval()
+        with torch.inference_mode(False), torch.no_grad():
+            for batch in _in_lockstep(_training_batches(trainer), communicator):
+                self._store(trainer, module, batch, folder)
+        module.train(was_training)
+        communicator.barrier()
+        self._stored = folder
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the dense model's predictions to a batch."""
+        files = [self._file(row) for row in _rows(batch)]
+        missing = [file for file in files if file is None or not file.is_file()]
+        if missing:
+            raise ValueError(
+                f"the dense model's predictions for {len(missing)} of {len(files)} sequences of "
+                f"training batch {batch_idx} are not stored: Distillation has to see every "
+                f"training sequence, unchanged, before the model is pruned in the same run"
+            )
+        tokens = [load_file(file) for file in files if file is not None]
+        for key in (TEACHER_INDICES, TEACHER_LOG_PROBS):
+            stacked = torch.stack([sequence[key] for sequence in tokens])
+            batch[key] = stacked.to(batch["input_ids"].device)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record how the model was trained."""
+        optimizer = trainer.optimizers[0]
+        group = optimizer.param_groups[0]
+        self._training = {
+            "steps": trainer.global_step,
+            "optimizer": type(optimizer).__name__,
+            "learning_rate": group.get("initial_lr", group["lr"]),
+        }
+
+    def _store(self, trainer: Trainer, module: LightningModule, batch: Any, folder: Path) -> None:
+        files = [folder / f"{_key(row, self.top_k)}.safetensors" for row in _rows(batch)]
+        if trainer.world_size == 1 and all(file.is_file() for file in files):
+            return  # a run that was interrupted here
+        (moved,) = transfer_batches([batch], trainer)
+        output: Any = calibration_forward(trainer, module)(pruning_target(module), moved)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"Distillation needs logits, but the forward returned {type(output).__name__}: "
+                f"return them from calibration_step(batch) of the LightningModule"
+            )
+        tokens = TeacherTokens.of(logits, self.top_k)
+        for i, file in enumerate(files):
+            parts = {TEACHER_INDICES: tokens.indices[i], TEACHER_LOG_PROBS: tokens.log_probs[i]}
+            with atomic_file(file) as tmp:
+                save_file({key: part.contiguous().cpu() for key, part in parts.items()}, tmp)
+
+    def _file(self, row: Tensor) -> Path | None:
+        if self._stored is None:
+            return None
+        return self._stored / f"{_key(row, self.top_k)}.safetensors"
+
+    def _folder(self, communicator: Communicator) -> Path:
+        """Return the folder of all runs, the same on all ranks."""
+        if self.folder is not None:
+            return Path(self.folder).expanduser().absolute()
+        path = None
+        if communicator.rank == 0:
+            self._temporary = tempfile.TemporaryDirectory(prefix="symprune-teacher-")
+            path = self._temporary.name
+        return Path(communicator.broadcast_text(path))
+
+
+def find_distillation(callbacks: Sequence[Callback]) -> Distillation | None:
+    """Return the callback that distils.
+
+    Raises:
+        ValueError: There are several.
+    """
+    candidates = [callback for callback in callbacks if isinstance(callback, Distillation)]
+    if len(candidates) > 1:
+        raise ValueError(f"there are {len(candidates)} Distillation callbacks: use one")
+    return candidates[0] if candidates else None
+
+
+def recovery_callbacks(masks: PackedMasks, folder: Path | None) -> list[Callback]:
+    """Return callbacks that keep zeros while a pruned model is trained, and save checkpoints.
+
+    Args:
+        masks: The masks.
+        folder: Where to save checkpoints; ``None`` saves none.
+    """
+    callbacks: list[Callback] = [MaskedFinetuning(masks)]
+    if folder is not None:
+        saver = ModelCheckpoint(
+            _checkpoint(folder).parent,
+            filename=_checkpoint(folder).stem,
+            every_n_train_steps=CHECKPOINT_STEPS,
+            enable_version_counter=False,
+        )
+        callbacks.append(saver)
+    return callbacks
+
+
+def recovery_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint from which an interrupted training resumes, if there is one."""
+    path = _checkpoint(folder)
+    return path if path.exists() else None
+
+
+def _checkpoint(folder: Path) -> Path:
+    return folder / "recovery" / "last.ckpt"
+
+
+def _training_batches(trainer: Trainer) -> Any:
+    """Return the loader of the training batches, undivided."""
+    datamodule = getattr(trainer, "datamodule", None)  # set by Lightning during a call
+    if datamodule is not None:
+        return datamodule.train_dataloader()
+    loader = trainer.train_dataloader
+    if loader is None:
+        raise ValueError(
+            "Distillation needs training batches: use a data module with a train_dataloader, such "
+            "as CalibrationDataModule(training_sequences=…)"
+        )
+    return loader
+
+
+def _in_lockstep(batches: Any, communicator: Communicator) -> Iterator[Any]:
+    """Yield this rank's batches, as many on all ranks: a sharded model runs on all at once."""
+    local = list(communicator.shard(batches))
+    longest = communicator.all_reduce_max(len(local))
+    first = next(iter(batches))
+    yield from local + [first] * (longest - len(local))
+
+
+def _rows(batch: Any) -> list[Tensor]:
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        raise ValueError(
+            f"Distillation needs training batches that are mappings with input_ids, but got "
+            f"{type(batch).__name__}"
+        )
+    return list(batch["input_ids"])
+
+
+def _key(row: Tensor, top_k: int) -> str:
+    """Return the name of a sequence: the loader may shuffle, and ranks may exchange sequences."""
+    data = row.cpu().numpy().astype("<i8").tobytes()
+    return hashlib.sha256(data + str(top_k).encode()).hexdigest()[:32]

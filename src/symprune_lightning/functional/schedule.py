@@ -1,0 +1,25 @@
+"""Schedule of the learning rate."""
+
+from __future__ import annotations
+
+import math
+
+WARMUP = 0.05
+"""Fraction of the steps in which the learning rate rises to its maximum."""
+
+
+def warmup_cosine(step: int, total: int) -> float:
+    """Return the factor of the learning rate: a linear warm-up, then a cosine to zero.
+
+    Args:
+        step: Number of finished steps, below ``total``.
+        total: Number of all steps.
+
+    Examples:
+        >>> [round(warmup_cosine(step, 5), 2) for step in range(5)]
+        [0.5, 1.0, 0.85, 0.5, 0.15]
+    """
+    warmup = max(1, round(WARMUP * total))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

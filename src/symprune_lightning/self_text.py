@@ -1,0 +1,123 @@
+"""Text that the model to be pruned writes itself, for calibration without any data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+SELF = "self"
+"""Name of the source with default arguments."""
+
+CHUNK = 16
+"""Number of sequences sampled at once."""
+
+
+@dataclass(frozen=True)
+class SelfText:
+    """Sequences sampled from the model that is pruned (arXiv 2410.17711).
+
+    Each sequence begins with the beginning-of-sequence token, or with one of ``prefixes``, and is
+    sampled token by token from the model's full distribution. After an end-of-sequence token the
+    model goes on with another text.
+
+    Attributes:
+        temperature: Divides the logits; 1 samples from the model's own distribution.
+        prefixes: Beginnings of the sequences, used in turn.
+
+    Raises:
+        ValueError: ``temperature`` is not positive.
+    """
+
+    temperature: float = 1.0
+    prefixes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be positive")
+
+
+@torch.inference_mode()
+def sample_sequences(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer | None,
+    source: SelfText,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+) -> Tensor:
+    """Sample sequences from a model.
+
+    Args:
+        model: The dense model, on any device. Its mode is restored.
+        tokenizer: Encodes the prefixes; not needed without any.
+        source: How to sample.
+        count: Number of sequences.
+        length: Number of tokens per sequence, with the prefix.
+        seed: Seed of the random numbers.
+
+    Returns:
+        Token ids on the CPU, shape ``(count, length)``.
+
+    Raises:
+        ValueError: The model has no beginning-of-sequence token and no prefixes are given, or a
+            prefix is not shorter than a sequence.
+    """
+    # a generator on the CPU: the same numbers on all ranks, whatever their device
+    generator = torch.Generator().manual_seed(seed)
+    starts = _starts(model, tokenizer, source)
+    rows: list[Tensor] = []
+    was_training = model.training
+    model.train(False)
+    for start, number in Counter(islice(cycle(starts), count)).items():
+        if len(start) >= length:
+            raise ValueError(
+                f"a prefix has {len(start)} tokens, and must be shorter than sequence_length, "
+                f"which is {length}"
+            )
+        for begin in range(0, number, CHUNK):
+            ids = torch.tensor([start] * min(CHUNK, number - begin), device=model.device)
+            rows += _continue(model, ids, length, source.temperature, generator).cpu()
+    model.train(was_training)
+    return torch.stack(rows)
+
+
+def _continue(
+    model: PreTrainedModel, ids: Tensor, length: int, temperature: float, generator: torch.Generator
+) -> Tensor:
+    """Append sampled tokens until sequences have their length."""
+    forward: Any = model
+    output = forward(input_ids=ids, use_cache=True, logits_to_keep=1)
+    while True:
+        probabilities = (output.logits[:, -1].float() / temperature).softmax(-1).cpu()
+        token = torch.multinomial(probabilities, 1, generator=generator).to(ids.device)
+        ids = torch.cat([ids, token], 1)
+        if ids.shape[1] == length:
+            return ids
+        cache = output.past_key_values
+        output = forward(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _starts(
+    model: PreTrainedModel, tokenizer: Tokenizer | None, source: SelfText
+) -> list[tuple[int, ...]]:
+    if source.prefixes:
+        if tokenizer is None:
+            raise ValueError("prefixes need a tokenizer: pass tokenizer=<name of the model>")
+        return [tuple(tokenizer(prefix)["input_ids"]) for prefix in source.prefixes]
+    config = model.config
+    # models without a beginning-of-sequence token separate texts by the end-of-sequence token
+    start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    if not isinstance(start, int):
+        raise ValueError(
+            f"{type(model).__name__} has no beginning-of-sequence token to start from: pass "
+            f"SelfText(prefixes=…)"
+        )
+    return [(start,)]
