@@ -115,7 +115,7 @@ def _starts(
     config = model.config
     # models without a beginning-of-sequence token separate texts by the end-of-sequence token
     start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
-    if not isinstance(start, int):
+    if not isinstance(start, int) or start >= config.get_text_config().vocab_size:
         raise ValueError(
             f"{type(model).__name__} has no beginning-of-sequence token to start from: pass "
             f"SelfText(prefixes=…)"

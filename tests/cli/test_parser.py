@@ -23,6 +23,10 @@ def test_recipes_differ_in_the_method_only():
     recipes = {name: yaml.safe_load(path.read_text()) for name, path in recipe_files().items()}
     assert len(recipes) >= 4
     methods = {name: recipe.pop("pruning") for name, recipe in recipes.items()}
+    training = recipes.pop("max")
+    assert training["trainer"].pop("callbacks") == [
+        {"class_path": "symprune_lightning.Distillation"}
+    ]
     first, *others = recipes.values()
     assert all(recipe == first for recipe in others)
     assert all(m.get("sparsity") == 0.5 or m["pattern"] == "2:4" for m in methods.values())

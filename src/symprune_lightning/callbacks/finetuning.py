@@ -17,7 +17,6 @@ from symprune_lightning.callbacks.integration import (
     refuse_strategies,
     trainer_callbacks,
 )
-from symprune_lightning.callbacks.pruning import PruningCallback
 from symprune_lightning.callbacks.schedule import CubicSchedule
 from symprune_lightning.checkpoints.masks import infer_masks, load_masks, match_layers
 from symprune_lightning.engine.distributed.dtensor import local_tensor
@@ -226,7 +225,5 @@ class MaskedFinetuning(Callback, PruningHooks):
 
 def _prunes_gradually(trainer: Trainer) -> bool:
     """Return whether a callback is going to prune while the model trains."""
-    return any(
-        isinstance(callback, PruningCallback) and isinstance(callback.when, CubicSchedule)
-        for callback in trainer_callbacks(trainer)
-    )
+    stages = (getattr(callback, "when", None) for callback in trainer_callbacks(trainer))
+    return any(isinstance(stage, CubicSchedule) for stage in stages)
