@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
+from symprune_lightning import BlockReconstruction
 from symprune_lightning.callbacks.progress import progress_hooks, summary
 from symprune_lightning.engine.prune import prune_model
 from symprune_lightning.trainer import Trainer
@@ -104,6 +106,41 @@ def test_a_log_has_a_line_for_each_block(capsys):
             r"\d+ s, \d+ s left  [\d,]+ tokens/s  \d+\.\d\d GiB",
             line,
         ), line
+
+
+RECONSTRUCTED: dict[str, Any] = {
+    "calibration_order": "block",
+    "reconstruct": BlockReconstruction(epochs=2, learning_rate=1e-2),
+}
+
+
+def test_a_log_has_a_line_for_each_reconstructed_block(capsys):
+    progress = trainer()
+    capsys.readouterr()
+    with progress_hooks(progress) as hooks:
+        result = prune_model(build("llama"), batches(), hooks=hooks, **RECONSTRUCTED)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4, "one line when a block is pruned, one when it is reconstructed"
+    for index, report in enumerate(result.blocks):
+        assert lines[2 * index].startswith(f"pruned {7 * (index + 1):>4} of 14 layers")
+        assert re.match(
+            rf"reconstructed {re.escape(report.name)} +held-out error {report.error:.5f} to "
+            rf"{report.error_reconstructed:.5f}  2 epochs, \d+ s$",
+            lines[2 * index + 1],
+        )
+
+
+def test_the_bar_shows_block_epoch_and_error(monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    progress = trainer()
+    capsys.readouterr()
+    with progress_hooks(progress) as hooks:
+        bar = hooks[0]
+        bar.on_reconstruction_epoch("model.layers.3", 2, 0.0125)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    assert "reconstructing model.layers.3, epoch 2, held-out error 0.01250" in text
 
 
 @pytest.mark.parametrize("terminal", ["0", "1"])

@@ -42,6 +42,18 @@ def test_chosen_layers():
     assert chosen_layers(["a"]) == ["a"]
 
 
+def test_a_curve_per_reconstructed_block():
+    layers = [{"name": "fc", "sparsity": 0.5, "error": None, "error_refined": None, "swaps": 0}]
+    blocks = [{"name": f"blocks.{i}", "errors": [0.4, 0.3, 0.2 + i / 10]} for i in range(3)]
+    drawn = figures(layers, {}, {}, {}, blocks)
+    assert drawn.keys() == {"sparsity", "reconstruction"}
+    axes = drawn["reconstruction"].axes[0]
+    curves = [line.get_ydata().tolist() for line in axes.get_lines()]
+    assert curves == [pytest.approx([1, 0.75, 0.5 + i / 4]) for i in range(3)]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["blocks.0", "blocks.2"]
+
+
 def test_figures_without_data_are_left_out():
     layers = [{"name": "fc", "sparsity": 0.5, "error": None, "error_refined": None, "swaps": 0}]
     assert figures(layers, {}, {}, {}).keys() == {"sparsity"}
