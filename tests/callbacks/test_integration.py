@@ -25,6 +25,25 @@ def test_a_module_with_a_calibration_step():
     assert set(callback.result.masks) == {"net.0", "net.2"}
 
 
+def test_the_calibration_loss_of_a_module_gives_the_gradients():
+    """Of a loss that depends on one output row only, all other rows have no sensitivity."""
+
+    class Own(Regression):
+        def calibration_loss(self, batch):
+            hidden = self.net[0](batch)
+            return hidden[:, 2].square().sum()
+
+    def masks(module):
+        callback = SymPrune("gradientwanda", group="layer", calibration=loader(), only=["net.0"])
+        quiet_trainer().validate(module, loader(), callbacks=callback, verbose=False)
+        return callback.result.masks["net.0"]
+
+    kept = masks(Own())
+    assert kept[2].all(), "the only row that the loss depends on"
+    with pytest.raises(ValueError, match=r"define calibration_loss\(batch\)"):
+        masks(type("Tuple", (Regression,), {"calibration_step": lambda self, x: (self.net(x),)})())
+
+
 def test_calibration_dataloader_of_the_module():
     class Own(Regression):
         def calibration_dataloader(self):
