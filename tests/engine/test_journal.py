@@ -56,7 +56,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "reconstruct-block": {
         "update": "maskedcg",
         "calibration_order": "block",
-        "reconstruct": BlockReconstruction(epochs=1, target="block", train_norms=True),
+        "reconstruct": BlockReconstruction(
+            epochs=1, learning_rate=None, target="block", train_norms=True
+        ),
     },
 }
 

@@ -128,11 +128,12 @@ def test_the_learning_rate_does_not_depend_on_the_scale_of_the_weights(scale):
 
 def test_a_learning_rate_is_chosen_by_trial():
     objective, dense, mask = problem()
-    fit = BlockReconstruction(epochs=1).fit({"w": dense * mask}, {"w": mask}, objective)
+    settings = BlockReconstruction(epochs=1, learning_rate=None)
+    fit = settings.fit({"w": dense * mask}, {"w": mask}, objective)
     assert fit.learning_rate == 2e-2, "the weights are far from the solution: the largest"
     assert len(objective.trained) == 3 * 8 + 18
     # from the solution, where every step adds noise, the smallest is the least harm
-    fit = BlockReconstruction(epochs=1).fit(fit.weights or {}, {"w": mask}, objective)
+    fit = settings.fit(fit.weights or {}, {"w": mask}, objective)
     assert fit.errors[0] >= min(fit.errors)
 
 
