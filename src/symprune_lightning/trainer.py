@@ -231,7 +231,7 @@ class Trainer(pl.Trainer):
                     "batches, and check limit_val_batches"
                 )
             if distillation is not None:
-                self._recover(model, dataloaders, datamodule, result, folder)
+                self._recover(model, dataloaders, datamodule, distillation, result, folder)
             if output is not None:
                 self._save(output, model, datamodule, callback, result)
             self.strategy.barrier()
@@ -268,6 +268,7 @@ class Trainer(pl.Trainer):
         model: LightningModule,
         dataloaders: Any,
         datamodule: LightningDataModule | None,
+        distillation: Distillation,
         result: PruneResult,
         folder: Path | None,
     ) -> None:
@@ -281,6 +282,7 @@ class Trainer(pl.Trainer):
             ckpt_path=None if folder is None else recovery_checkpoint(folder),
             callbacks=recovery_callbacks(result.masks, folder),
         )
+        distillation.record_training(self)
         self.validate(model, dataloaders, verbose=False, datamodule=datamodule)
 
     def _prune_streamed(

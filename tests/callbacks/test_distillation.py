@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from symprune_lightning import (
     CalibrationDataModule,
     CausalLMModule,
+    CubicSchedule,
     Distillation,
     MaskedFinetuning,
     SymPrune,
@@ -125,6 +127,42 @@ def test_in_one_fit_of_lightnings_own_trainer():
     trainer().prune(pruned, datamodule=data(), callbacks=SymPrune("wanda", sparsity=0.6))
     lost = divergence(pruned.prunable_model, dense)
     assert divergence(tuned.prunable_model, dense) < 0.5 * lost
+
+
+def test_another_model_has_its_own_predictions(tmp_path):
+    """One callback for two models that are trained on the same texts."""
+    callback = Distillation(top_k=8, folder=str(tmp_path))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        dense = llama(initializer_range=0.2).eval()
+        tuned = CausalLMModule(copy.deepcopy(dense).train(), learning_rate=3e-3)
+        trainer(max_steps=40).prune(
+            tuned, datamodule=data(), callbacks=[SymPrune("wanda", sparsity=0.3), callback]
+        )
+        assert divergence(tuned.prunable_model, dense) < 0.5
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_gradual_pruning():
+    dense, tuned = teacher(), module()
+    prune = SymPrune("wanda", sparsity=0.5, when=CubicSchedule(start=4, end=20, every=4))
+    trainer(max_steps=60).fit(
+        tuned, datamodule=data(), callbacks=[Distillation(top_k=16), prune, MaskedFinetuning()]
+    )
+    assert prune.result.sparsity == pytest.approx(0.5, abs=0.02)
+    pruned = module()
+    trainer().prune(pruned, datamodule=data(), callbacks=SymPrune("wanda", sparsity=0.5))
+    lost = divergence(pruned.prunable_model, dense)
+    assert divergence(tuned.prunable_model, dense) < 0.5 * lost
+
+
+def test_a_model_that_was_pruned_before_has_no_teacher():
+    tuned = module()
+    trainer().prune(tuned, datamodule=data(), callbacks=SymPrune("wanda"))
+    with pytest.raises(ValueError, match="has to see every training sequence"):
+        trainer(max_steps=2).fit(
+            tuned, datamodule=data(), callbacks=[MaskedFinetuning(), Distillation()]
+        )
 
 
 def test_padding_and_shuffled_batches():

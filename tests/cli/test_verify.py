@@ -138,6 +138,19 @@ def test_a_revived_weight(folder):
     assert message == f"layer {DOWN}: 1 weights are not zero although its mask prunes them"
 
 
+def test_an_additional_zero_after_training_is_no_error(folder):
+    """In half precision an optimizer step can round a kept weight to zero."""
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors[f"{DOWN}.weight"]
+    weight[tuple(weight.nonzero()[0])] = 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert outcomes(folder, perplexity=False)["zeros and sparsity"] is False
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["distillation"] = {"steps": 1}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert outcomes(folder, perplexity=False)["zeros and sparsity"] is True
+
+
 def test_an_additional_zero(folder):
     weights = load_file(folder / "model.safetensors")
     row, column = (weights[f"{DOWN}.weight"] != 0).nonzero()[7].tolist()

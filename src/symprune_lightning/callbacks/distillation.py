@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from symprune_lightning.callbacks.finetuning import MaskedFinetuning
+from symprune_lightning.callbacks.finetuning import MaskedFinetuning, prunes_gradually
 from symprune_lightning.callbacks.integration import (
     calibration_forward,
     communicator_of,
@@ -71,6 +72,8 @@ class Distillation(Callback, PruningHooks):
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._stored: Path | None = None
         self._run: tuple[Trainer, LightningModule] | None = None
+        self._module: weakref.ref[LightningModule] | None = None
+        self._is_training = False
         self._training: dict[str, Any] = {}
 
     @property
@@ -97,6 +100,9 @@ class Distillation(Callback, PruningHooks):
         if isinstance(datamodule, CalibrationDataModule) and not datamodule.training_sequences:
             raise ValueError("Distillation needs training data: set training_sequences")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_run": None, "_module": None}  # as PruningCallback
+
     def state_dict(self) -> dict[str, Any]:
         """Return the folder of the stored tokens, for a ``fit`` that resumes."""
         return {} if self._stored is None else {"folder": str(self._stored)}
@@ -108,6 +114,10 @@ class Distillation(Callback, PruningHooks):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remember the module, whose dense weights are needed later."""
         self._run = trainer, pl_module
+        self._is_training = False
+        # predictions that were stored when this module was pruned are for the fit that follows
+        if stage != "fit" or self._module is None or self._module() is not pl_module:
+            self._stored = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Drop the module."""
@@ -123,9 +133,15 @@ class Distillation(Callback, PruningHooks):
 
     def on_pruning_start(self, layers: Sequence[str]) -> None:
         """Run the dense model over the training batches, and store its predictions."""
-        if self._run is None or self._stored is not None:
-            return  # gradual pruning: stored before the first step
-        trainer, module = self._run
+        if self._run is not None and not self._is_training:
+            self._store_all(*self._run)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the predictions of a model that is pruned while it trains."""
+        if self._stored is None and prunes_gradually(trainer):
+            self._store_all(trainer, pl_module)
+
+    def _store_all(self, trainer: Trainer, module: LightningModule) -> None:
         communicator = communicator_of(trainer)
         folder = self._folder(communicator) / hash_weights(pruning_target(module))[:16]
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,12 +152,13 @@ class Distillation(Callback, PruningHooks):
                 self._store(trainer, module, batch, folder)
         module.train(was_training)
         communicator.barrier()
-        self._stored = folder
+        self._stored, self._module = folder, weakref.ref(module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Add the dense model's predictions to a batch."""
+        self._is_training = True
         files = [self._file(row) for row in _rows(batch)]
         missing = [file for file in files if file is None or not file.is_file()]
         if missing:
@@ -155,8 +172,8 @@ class Distillation(Callback, PruningHooks):
             stacked = torch.stack([sequence[key] for sequence in tokens])
             batch[key] = stacked.to(batch["input_ids"].device)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record how the model was trained."""
+    def record_training(self, trainer: Trainer) -> None:
+        """Record how the model was trained; also if a resumed ``fit`` had no step left."""
         optimizer = trainer.optimizers[0]
         group = optimizer.param_groups[0]
         self._training = {

@@ -183,7 +183,7 @@ class MaskedFinetuning(Callback, PruningHooks):
                 f"masks=<file>"
             )
         masks = infer_masks(target)
-        if not masks and not self._new_results and not _prunes_gradually(trainer):
+        if not masks and not self._new_results and not prunes_gradually(trainer):
             raise ValueError(
                 f"{type(target).__name__} has no layer with zeros to keep: prune it first, add "
                 f"SymPrune(when='fit_start') to the callbacks, or pass masks=<file>"
@@ -223,7 +223,7 @@ class MaskedFinetuning(Callback, PruningHooks):
             local_tensor(parameter).masked_fill_(pruned, 0)
 
 
-def _prunes_gradually(trainer: Trainer) -> bool:
+def prunes_gradually(trainer: Trainer) -> bool:
     """Return whether a callback is going to prune while the model trains."""
     stages = (getattr(callback, "when", None) for callback in trainer_callbacks(trainer))
     return any(isinstance(stage, CubicSchedule) for stage in stages)

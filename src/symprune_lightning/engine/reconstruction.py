@@ -77,6 +77,8 @@ class BlockReconstructor:
             for key, parameter in parameters.items()
             if key in masks or (self.method.train_norms and parameter.dim() == 1)
         ]
+        if not trained:
+            return  # no batch reached any of its layers
         weights = {key: at_least_float32(parameters[key].detach()) for key in trained}
         objective = BlockObjective(block, calls, self.calibration.communicator)
         fit = self.method.fit(weights, masks, objective, partial(self._on_epoch, name))

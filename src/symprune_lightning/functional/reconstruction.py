@@ -144,6 +144,8 @@ class BlockReconstruction:
             for i, step in enumerate(self._steps(training, epoch)):
                 trainer.step(step, warmup_cosine(epoch * per_epoch + i, self.epochs * per_epoch))
             error = objective.error(trainer.weights, held_out)
+            if not math.isfinite(error):
+                break  # diverged, or overflowed in half precision
             if error < min(errors):
                 best = {name: weight.detach().clone() for name, weight in trainer.weights.items()}
             errors.append(error)
