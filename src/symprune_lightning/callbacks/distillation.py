@@ -53,8 +53,9 @@ class Distillation(Callback, PruningHooks):
 
     Args:
         top_k: Number of tokens per position. Default: 64. A position takes 8 bytes for each.
-        folder: Where to store them, one file per sequence; must be visible to all ranks. Default:
-            ``None``, a temporary folder, or next to the output of ``Trainer.prune``.
+        folder: Where to store them, one file per sequence; must be visible to all ranks, and is
+            needed to resume a ``fit`` in another process. Default: ``None``, a temporary folder, or
+            next to the output of ``Trainer.prune``.
 
     Raises:
         ValueError: ``top_k`` is below 1; or in ``fit``, the dense model has not seen a sequence.
@@ -145,12 +146,14 @@ class Distillation(Callback, PruningHooks):
         communicator = communicator_of(trainer)
         folder = self._folder(communicator) / hash_weights(pruning_target(module))[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        was_training = module.training
+        training = [m for m in module.modules() if m.training]
         module.eval()
         with torch.inference_mode(False), torch.no_grad():
-            for batch in _in_lockstep(_training_batches(trainer), communicator):
-                self._store(trainer, module, batch, folder)
-        module.train(was_training)
+            for batch, is_own in _in_lockstep(_training_batches(trainer), communicator):
+                writes = is_own and communicator.contributes
+                self._store(trainer, module, batch, folder if writes else None)
+        for submodule in training:
+            submodule.training = True
         communicator.barrier()
         self._stored, self._module = folder, weakref.ref(module)
 
@@ -182,10 +185,14 @@ class Distillation(Callback, PruningHooks):
             "learning_rate": group.get("initial_lr", group["lr"]),
         }
 
-    def _store(self, trainer: Trainer, module: LightningModule, batch: Any, folder: Path) -> None:
-        files = [folder / f"{_key(row, self.top_k)}.safetensors" for row in _rows(batch)]
+    def _store(
+        self, trainer: Trainer, module: LightningModule, batch: Any, folder: Path | None
+    ) -> None:
+        """Run the dense model on a batch, and write its predictions if there is a folder."""
+        names = [f"{_key(row, self.top_k)}.safetensors" for row in _rows(batch)]
+        files = [] if folder is None else [folder / name for name in names]
         if trainer.world_size == 1 and all(file.is_file() for file in files):
-            return  # a run that was interrupted here
+            return  # stored by a run that was interrupted
         (moved,) = transfer_batches([batch], trainer)
         output: Any = calibration_forward(trainer, module)(pruning_target(module), moved)
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -271,12 +278,16 @@ def _training_batches(trainer: Trainer) -> Any:
     return loader
 
 
-def _in_lockstep(batches: Any, communicator: Communicator) -> Iterator[Any]:
-    """Yield this rank's batches, as many on all ranks: a sharded model runs on all at once."""
+def _in_lockstep(batches: Any, communicator: Communicator) -> Iterator[tuple[Any, bool]]:
+    """Yield this rank's batches, and the first one until all ranks have had equally many.
+
+    A sharded model runs on all ranks at once. The second value is False for these repetitions.
+    """
     local = list(communicator.shard(batches))
     longest = communicator.all_reduce_max(len(local))
     first = next(iter(batches))
-    yield from local + [first] * (longest - len(local))
+    yield from ((batch, True) for batch in local)
+    yield from ((first, False) for _ in range(longest - len(local)))
 
 
 def _rows(batch: Any) -> list[Tensor]:
