@@ -41,9 +41,10 @@ class CalibrationDataModule(LightningDataModule):
             Default: ``None``.
         sequences: Number of calibration sequences. Default: 128, as in the Wanda and RIA papers.
         sequence_length: Number of tokens per sequence. Default: 2048, as in these papers.
-        evaluation: Evaluation texts, in any form that ``dataset`` accepts, or a mapping of names to
-            several such sets, ``{"wiki": ..., "code": ...}``, which are evaluated separately and
-            together. Default: ``None``, which uses further texts of ``dataset``.
+        evaluation: Evaluation texts, in any form that ``dataset`` accepts except ``"self"`` and
+            ``SelfText``, or a mapping of names to several such sets, ``{"wiki": ..., "code":
+            ...}``, which are evaluated separately and together. Default: ``None``, which uses
+            further texts of ``dataset``.
         evaluation_sequences: Number of evaluation sequences, per set if there are several.
             Default: 64.
         training_sequences: Number of training sequences for ``fit``, from texts of ``dataset`` that
@@ -54,7 +55,8 @@ class CalibrationDataModule(LightningDataModule):
 
     Raises:
         ValueError: A size is not positive, there are not enough texts, or texts are passed without
-            a tokenizer; or there is no model to sample from.
+            a tokenizer; ``dataset`` is ``"self"`` and ``evaluation`` is missing, or no transformers
+            model in memory is attached.
         FileNotFoundError: ``dataset`` or ``evaluation`` is a text file that does not exist.
 
     Examples:
@@ -69,7 +71,7 @@ class CalibrationDataModule(LightningDataModule):
 
     def __init__(
         self,
-        dataset: Texts | SelfText,
+        dataset: SelfText | Texts,
         tokenizer: Tokenizer | str | None = None,
         *,
         sequences: int = 128,
@@ -104,8 +106,8 @@ class CalibrationDataModule(LightningDataModule):
             dataset = SelfText()
         if isinstance(dataset, SelfText) and evaluation is None:
             raise ValueError(
-                "the model's own text is for calibration only: pass evaluation=, such as "
-                "evaluation='python-docs'"
+                "dataset='self' samples calibration and training sequences only: pass evaluation=, "
+                "such as evaluation='python-docs'"
             )
         self.dataset = dataset
         self.evaluation = evaluation
@@ -131,7 +133,8 @@ class CalibrationDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Tokenize and pack all splits. Further calls do nothing.
 
-        The model's own text is sampled when its loader is requested for the first time.
+        With ``"self"``, calibration and training sequences are sampled when their loader is first
+        requested.
         """
         if self._splits:
             return

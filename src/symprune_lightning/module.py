@@ -75,10 +75,12 @@ class TokenPerplexity(Perplexity):
 class CausalLMModule(LightningModule):
     """LightningModule that prunes, evaluates and fine-tunes a causal language model.
 
-    Training logs ``train_loss``. Validation logs ``val_loss`` (mean negative log-likelihood per
-    token, in nats) and ``val_perplexity``, testing ``test_loss`` and ``test_perplexity``; all four
-    are exact over all tokens of the evaluation set. With several dataloaders they are over the
-    tokens of all of them, and ``val_perplexity/<name>`` is logged for each.
+    Training logs ``train_loss`` (mean negative log-likelihood per token, in nats; with
+    ``Distillation``, the mean divergence from the teacher). Validation logs ``val_loss`` (mean
+    negative log-likelihood per token, in nats) and ``val_perplexity``, testing ``test_loss`` and
+    ``test_perplexity``; all four are exact over all tokens of the evaluation set. With several
+    dataloaders they are over the tokens of all of them, and ``val_perplexity/<name>`` is logged for
+    each.
 
     Args:
         pretrained: Hub name, local folder, path to a ``.gguf`` file, or a loaded model. Anything
@@ -86,14 +88,15 @@ class CausalLMModule(LightningModule):
         dtype: ``"auto"`` for the dtype of the checkpoint (float32 for GGUF), or a name such as
             ``"bfloat16"``. Ignored for a loaded model. Default: ``"auto"``.
         learning_rate: Learning rate of AdamW in ``fit``. Default: ``2e-5``.
-        lr_schedule: ``"constant"``, or ``"cosine"``: a short linear warm-up, then a cosine to zero
-            over the steps of the ``fit``. Default: ``"constant"``.
+        lr_schedule: Schedule of the learning rate: ``"constant"``, or ``"cosine"`` (linear warm-up
+            over 5 % of the steps, then cosine decay to zero). Default: ``"constant"``.
         trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
 
     Attributes:
         model: The transformers model; ``None`` until ``configure_model``, which the Trainer calls.
 
     Raises:
+        ValueError: ``lr_schedule`` is unknown.
         FileNotFoundError: In ``configure_model``, if ``pretrained`` is a path that does not exist.
 
     Examples:
@@ -114,6 +117,8 @@ class CausalLMModule(LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        if lr_schedule not in ("constant", "cosine"):
+            raise ValueError(f"lr_schedule is {lr_schedule!r}; it must be 'constant' or 'cosine'")
         self.model: PreTrainedModel | None
         if isinstance(pretrained, str | PathLike):
             pretrained = os.fspath(pretrained)

@@ -1,4 +1,4 @@
-"""Text that the model to be pruned writes itself, for calibration without any data."""
+"""Calibration text sampled from the model to be pruned."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ class SelfText:
     """Sequences sampled from the model that is pruned (arXiv 2410.17711).
 
     Each sequence begins with the beginning-of-sequence token, or with one of ``prefixes``, and is
-    sampled token by token from the model's full distribution. After an end-of-sequence token the
-    model goes on with another text.
+    sampled token by token from the model's full distribution. After an end-of-sequence token,
+    sampling continues in the same sequence.
 
     Attributes:
-        temperature: Divides the logits; 1 samples from the model's own distribution.
-        prefixes: Beginnings of the sequences, used in turn.
+        temperature: Divides the logits before the softmax. Default: 1.0, the model's own
+            distribution.
+        prefixes: Prompts that sequences start with, assigned round-robin; need a tokenizer.
+            Default: ``()``, the beginning-of-sequence token.
 
     Raises:
         ValueError: ``temperature`` is not positive.
@@ -56,11 +58,11 @@ def sample_sequences(
     """Sample sequences from a model.
 
     Args:
-        model: The dense model, on any device. Its mode is restored.
+        model: The dense model, on any device; its training mode is restored.
         tokenizer: Encodes the prefixes; not needed without any.
         source: How to sample.
         count: Number of sequences.
-        length: Number of tokens per sequence, with the prefix.
+        length: Number of tokens per sequence, including the prefix.
         seed: Seed of the random numbers.
 
     Returns:

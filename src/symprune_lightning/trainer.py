@@ -182,11 +182,13 @@ class Trainer(pl.Trainer):
     ) -> PruneResult:
         """Evaluate, prune, evaluate again, and write the pruned checkpoint.
 
-        With a ``Distillation`` callback, the pruned model is then trained with its zeros kept for
-        the Trainer's ``max_steps`` (or ``max_epochs``), and evaluated once more.
+        With a ``Distillation`` callback, the pruned model is trained with fixed masks for the
+        Trainer's ``max_steps`` (or ``max_epochs``) and evaluated once more before it is written.
+        The callback's ``sparse_metrics`` and the manifest contain this last evaluation.
 
-        With ``output``, finished blocks are recorded in the folder ``.<output>.journal`` next to
-        it, and so are checkpoints of the training. After a crash, the same call resumes from there.
+        With ``output``, completed blocks, predictions of the dense model and checkpoints of the
+        training are kept in ``.<output>.journal`` next to it until the checkpoint is written. After
+        a crash, the same call resumes from there.
 
         Args:
             model: The LightningModule; to write a checkpoint, its ``prunable_model`` must be a

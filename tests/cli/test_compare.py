@@ -148,6 +148,12 @@ def test_recipes_that_cannot_be_compared(folder):
 
 
 @pytest.mark.slow
+def test_distillation_cannot_be_compared(folder):
+    path = write(folder, "distil", {"score": "ria"}, "symprune_lightning.Distillation")
+    with pytest.raises(ValueError, match="compare does not train, so Distillation"):
+        compare([path, *files(folder, "wanda")], folder / "out")
+
+
 def test_a_killed_comparison_is_resumed(folder):
     for name in NAMES:
         write(folder, name, {"score": name, "sparsity": 0.6, "refine": "exactswap"})

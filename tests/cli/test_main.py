@@ -34,6 +34,13 @@ def test_recipes_prune(recipe, project, symprune, capsys):
     assert f"checkpoint: {output}" in printed
 
 
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_commands_that_do_not_train_refuse_distillation(command, project, symprune):
+    options = [*small(project), "--data.training_sequences=4"]
+    with pytest.raises(SystemExit, match=f"{command} does not train, so Distillation would have"):
+        symprune(command, "--config", "max", *options)
+
+
 def test_validate_prunes_too(project, symprune, capsys):
     metrics = []
     for sparsity in (0.0, 0.9):

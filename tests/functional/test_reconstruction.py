@@ -160,5 +160,7 @@ def test_wrong_arguments():
         BlockReconstruction(learning_rate=-0.1)
     with pytest.raises(ValueError, match="target is 'layer'; it must be 'block' or 'model'"):
         BlockReconstruction(target="layer")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="needs at least 2, but there is 1: use a smaller batch"):
+    with pytest.raises(
+        ValueError, match="one of which is held out, but got 1: use a smaller batch"
+    ):
         split_batches([3])

@@ -36,29 +36,32 @@ CHECKPOINT_STEPS = 50
 
 
 class Distillation(Callback, PruningHooks):
-    """Trains the pruned model to predict what the dense model did.
+    """Trains the pruned model on the predictions of the dense model.
 
-    Before the first layer is pruned, the dense model runs once over the training batches, and its
-    ``top_k`` most probable tokens at each position are stored. During ``fit``, every batch carries
-    those of its sequences under the keys ``"teacher_indices"`` and ``"teacher_log_probs"``, and
-    ``CausalLMModule.training_step`` minimises the divergence from them (`distillation_loss`) in
-    place of the cross-entropy. So there is never a second model in memory.
+    Before the first layer is pruned, the dense model runs once over the training batches, and the
+    log-probabilities of its ``top_k`` most probable tokens at each position are stored. During
+    ``fit``, they are added to each batch as ``"teacher_indices"`` and ``"teacher_log_probs"``, each
+    ``(batch, tokens, top_k)``. ``CausalLMModule.training_step`` then minimises `distillation_loss`
+    in place of the cross-entropy. No second model is in memory.
 
-    With ``Trainer.prune``, the model is trained right after it was pruned and evaluated, for the
-    ``max_steps`` of the Trainer and with its zeros kept, and is evaluated again. In a ``fit`` of
-    any Trainer, use it together with ``SymPrune(when="fit_start")`` and ``MaskedFinetuning``.
+    With ``Trainer.prune``, the pruned model is trained for the Trainer's ``max_steps`` or
+    ``max_epochs`` with fixed masks, and evaluated again. In a ``fit`` of any Trainer, use it
+    together with ``MaskedFinetuning`` and ``SymPrune(when="fit_start")`` or a ``CubicSchedule``.
 
-    The training batches are those of the data module's ``train_dataloader``, or of the ``fit``.
-    They must be mappings with ``"input_ids"``.
+    Training batches are mutable mappings with ``"input_ids"``, from the data module's
+    ``train_dataloader`` or the loader of the ``fit``. Every pass must yield the same sequences, in
+    any order.
 
     Args:
-        top_k: Number of tokens per position. Default: 64. A position takes 8 bytes for each.
-        folder: Where to store them, one file per sequence; must be visible to all ranks, and is
-            needed to resume a ``fit`` in another process. Default: ``None``, a temporary folder, or
-            next to the output of ``Trainer.prune``.
+        top_k: Number of stored tokens per position, 8 bytes each. Default: 64.
+        folder: Folder of the predictions, one file per sequence; must be visible to all ranks.
+            Required to resume a ``fit`` in another process. Default: ``None``, which uses
+            ``.<output>.journal/teacher`` in ``Trainer.prune(output=…)``, else a temporary folder.
 
     Raises:
-        ValueError: ``top_k`` is below 1; or in ``fit``, the dense model has not seen a sequence.
+        ValueError: ``top_k`` is below 1. In ``fit``: predictions for a training sequence are not
+            stored, or a batch is not a mapping with ``"input_ids"``. In ``Trainer.prune``:
+            ``stream=True``, or the number of steps or the training data is missing.
 
     Examples:
         >>> Distillation(top_k=32).top_k
@@ -83,10 +86,11 @@ class Distillation(Callback, PruningHooks):
         return {"top_k": self.top_k, **self._training}
 
     def check_data(self, trainer: Trainer, datamodule: LightningDataModule | None) -> None:
-        """Check before anything runs that a pruned model can be trained.
+        """Check the number of training steps and the training data before the run starts.
 
         Raises:
-            ValueError: It is unknown for how many steps, or on which data.
+            ValueError: Neither ``max_steps`` nor ``max_epochs`` is set, or there is no training
+                data.
         """
         if trainer.max_steps == -1 and trainer.max_epochs is None:
             raise ValueError(
@@ -167,8 +171,9 @@ class Distillation(Callback, PruningHooks):
         if missing:
             raise ValueError(
                 f"the dense model's predictions for {len(missing)} of {len(files)} sequences of "
-                f"training batch {batch_idx} are not stored: Distillation has to see every "
-                f"training sequence, unchanged, before the model is pruned in the same run"
+                f"training batch {batch_idx} are not stored: prune in the same run "
+                f"(SymPrune(when='fit_start') or Trainer.prune), and let the training loader yield "
+                f"the same sequences in every pass"
             )
         tokens = [load_file(file) for file in files if file is not None]
         for key in (TEACHER_INDICES, TEACHER_LOG_PROBS):
@@ -233,6 +238,15 @@ def find_distillation(callbacks: Sequence[Callback]) -> Distillation | None:
     if len(candidates) > 1:
         raise ValueError(f"there are {len(candidates)} Distillation callbacks: use one")
     return candidates[0] if candidates else None
+
+
+def refuse_distillation(callbacks: Sequence[Callback], command: str) -> None:
+    """Raise ``ValueError`` if there is a callback that distils, for a command that never trains."""
+    if find_distillation(callbacks) is not None:
+        raise ValueError(
+            f"{command} does not train, so Distillation would have no effect: remove it from "
+            f"trainer.callbacks, or use symprune prune"
+        )
 
 
 def recovery_callbacks(masks: PackedMasks, folder: Path | None) -> list[Callback]:

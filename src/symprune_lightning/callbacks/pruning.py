@@ -73,7 +73,8 @@ class PruningCallback(Callback, PruningHooks, ABC):
         result: Result of the last run, ``None`` before.
         seconds: Time of the last run: calibration forward, scores, masks, refining.
         dense_metrics: Metrics of the dense model, empty without a baseline.
-        sparse_metrics: Metrics of the pruned model, once it was evaluated.
+        sparse_metrics: Metrics of the pruned model at its last evaluation; after training with
+            ``Distillation``, of the trained one.
 
     Raises:
         ValueError: ``when`` is unknown, or a schedule is combined with a journal.

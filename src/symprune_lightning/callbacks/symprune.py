@@ -42,9 +42,9 @@ class SymPrune(PruningCallback):
             in place of score, refiners and update.
         allocation: An ``Allocation``, a ``Search``, or a name (``"progression"``, ``"owl"``):
             divides the sparsity among layers.
-        reconstruct: A ``BlockReconstruction``, or ``True`` for the default one: trains the kept
-            weights of each decoder block, after it is pruned, to return what the dense block did.
-            Needs ``calibration_order="block"``.
+        reconstruct: Trains the kept weights of each decoder block, after it is pruned, to reproduce
+            the dense output: a ``BlockReconstruction``, or ``True`` for its defaults. Requires
+            ``calibration_order="block"`` and at least two batches.
         calibration_order: ``"layer"`` (layer-sequential, one forward), ``"block"``
             (block-sequential, two forwards, as the reference implementations) or ``"dense"`` (not
             sequential).

@@ -68,6 +68,8 @@ def _lines(name: str, manifest: Mapping[str, Any]) -> Iterator[str]:
     )
     settings = {k: v for k, v in manifest.get("settings", {}).items() if v not in (None, [], {})}
     yield from _table("Method", ("setting", "value"), settings.items())
+    distillation = manifest.get("distillation") or {}
+    yield from _table("Distillation", ("setting", "value"), distillation.items())
     metrics = manifest.get("metrics", {})
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
     rows = [(n, f"{dense[n]:.4f}" if n in dense else "", f"{v:.4f}") for n, v in pruned.items()]

@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from symprune_lightning.callbacks.distillation import refuse_distillation
 from symprune_lightning.callbacks.pruning import find_pruning_callback
 from symprune_lightning.cli.parser import PruningCLI, find_recipe, instantiate
 from symprune_lightning.cli.sweep import Sweep, SweepResult
@@ -136,6 +137,7 @@ def _project(path: Path, arguments: Sequence[str]) -> PruningCLI:
     if project.trainer.world_size > 1:
         raise ValueError("compare runs on one process: use devices=1")
     find_pruning_callback(project.trainer.callbacks)
+    refuse_distillation(project.trainer.callbacks, "compare")
     return project
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from symprune_lightning.callbacks.distillation import refuse_distillation
 from symprune_lightning.callbacks.pruning import PruningCallback, find_pruning_callback
 from symprune_lightning.callbacks.symprune import SymPrune
 from symprune_lightning.datamodule import CalibrationDataModule
@@ -85,6 +86,16 @@ class PruningCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, Trainer)
         return trainer
+
+    def before_validate(self) -> None:
+        """Refuse a callback that would have no effect.
+
+        Raises:
+            ValueError: There is a ``Distillation`` callback.
+        """
+        refuse_distillation(self.trainer.callbacks, self.subcommand or "validate")
+
+    before_test = before_validate
 
     def after_prune(self) -> None:
         """Print the result."""

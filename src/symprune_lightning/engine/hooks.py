@@ -61,6 +61,8 @@ class PruningHooks:
     def on_reconstruction_epoch(self, block: str, epoch: int, error: float) -> None:
         """Called after each epoch of the reconstruction of a block, and before the first one.
 
+        Not called for blocks restored from a journal.
+
         Args:
             block: Name of the block.
             epoch: Number of finished epochs.
@@ -96,7 +98,10 @@ class PruningHooks:
         """
 
     def on_recovery_start(self) -> None:
-        """Called after the pruned model was evaluated, before it is trained and evaluated again."""
+        """Called by ``Trainer.prune`` before the pruned model is trained by ``Distillation``.
+
+        Another evaluation follows.
+        """
 
     def on_checkpoint_saved(self, path: Path, manifest: Mapping[str, Any]) -> None:
         """Called on rank 0 after the pruned checkpoint was written.

@@ -18,6 +18,7 @@ from symprune_lightning.engine.fingerprint import run_fingerprint
 from symprune_lightning.engine.forward.calibration import Calibration, Forward, call_model
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
+from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.select import (
     DEFAULT_IGNORE,
     decoder_blocks,
@@ -31,7 +32,7 @@ from symprune_lightning.engine.run import PruningRun
 from symprune_lightning.engine.sensitivity import Loss, measure_sensitivity
 from symprune_lightning.functional.allocation import AllocationMethod
 from symprune_lightning.functional.patterns import Group, Pattern
-from symprune_lightning.functional.reconstruction import BlockReconstruction
+from symprune_lightning.functional.reconstruction import BlockReconstruction, split_batches
 from symprune_lightning.functional.scores import Score
 from symprune_lightning.functional.solvers import LayerSolver
 from symprune_lightning.functional.statistics import CalibrationOrder, Statistics
@@ -110,9 +111,9 @@ def prune_model(
             ``LayerSolver``, or its name such as ``"sparsegpt"``.
         allocation: Divides the sparsity among layers: an ``Allocation``, ``Search``, or a name.
             Without one all layers have the same sparsity.
-        reconstruct: Trains the kept weights of each decoder block, after it is pruned, to return
-            what the dense block did: a ``BlockReconstruction``, or ``True`` for the default one.
-            Needs ``calibration_order="block"`` and at least two batches.
+        reconstruct: Trains the kept weights of each decoder block, after it is pruned, to reproduce
+            the dense output: a ``BlockReconstruction``, or ``True`` for its defaults. Requires
+            ``calibration_order="block"`` and at least two batches.
         calibration_order: ``"layer"`` prunes each layer as soon as its inputs are known,
             ``"block"`` block by block, ``"dense"`` all layers by statistics of the dense model;
             see [`CalibrationOrder`][symprune_lightning.functional.statistics.CalibrationOrder].
@@ -194,10 +195,9 @@ def prune_with(
             "group 'model' compares all weights at once: load the full model into memory"
         )
     reuses_batches = method.allocation is not None or method.needs_sensitivity
-    if method.reconstruct is not None and is_tensor_parallel(model, layers):
-        raise ValueError(
-            "reconstruct is not supported for tensor parallelism: use strategy='ddp' or FSDP2"
-        )
+    if method.reconstruct is not None:
+        batches = list(batches)
+        _check_reconstruction(model, layers, len(batches), options.communicator)
     if options.journal is not None or reuses_batches:
         batches = list(batches)  # iterated more than once
     forward = options.forward or call_model
@@ -223,6 +223,18 @@ def prune_with(
     for hook in options.hooks:
         hook.on_pruning_end(run.result)
     return run.result
+
+
+def _check_reconstruction(
+    model: nn.Module, layers: Sequence[Layer], num_batches: int, communicator: Communicator
+) -> None:
+    """Check before anything is pruned that blocks can be trained; a collective."""
+    if is_tensor_parallel(model, layers):
+        raise ValueError(
+            "reconstruct is not supported for tensor parallelism: use strategy='ddp' or FSDP2"
+        )
+    count = torch.tensor([num_batches if communicator.contributes else 0])
+    split_batches(range(int(communicator.all_reduce_sum(count))))
 
 
 def _open_journal(

@@ -77,14 +77,14 @@ class LayerRecord:
 class BlockReport:
     """Figures of one reconstructed block.
 
-    Errors are means over tokens of the squared difference between the block's output and its
-    target, relative to the target's square, on the held-out batches.
+    Errors are dimensionless: the mean over tokens of ``‖output − target‖² / ‖target‖²``, on the
+    held-out batches.
 
     Attributes:
         name: Qualified name of the block.
         error: Error before training.
-        error_reconstructed: Error of the weights that were kept; equals ``error`` if no epoch was
-            better, and the block was left alone.
+        error_reconstructed: Lowest error; equals ``error`` if no epoch lowered it, in which case
+            the weights are unchanged.
         errors: Error before training and after each epoch.
         learning_rate: Learning rate, relative to the root mean square of each tensor.
         steps: Number of optimizer steps.
@@ -106,7 +106,7 @@ class BlockRecord:
 
     Attributes:
         report: Figures.
-        parameters: Parameter name within the block to its new value; empty if it was left alone.
+        parameters: Parameter name within the block to its new value; empty if it is unchanged.
     """
 
     report: BlockReport

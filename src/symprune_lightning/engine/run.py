@@ -157,8 +157,8 @@ class PruningRun:
         if self._reconstructor is not None:
             _warn_about(
                 self._reconstructor.detached_blocks,
-                "the input of these blocks is not the output of the block before, so they were "
-                "reconstructed towards the dense block's output for their own inputs",
+                "target='model' needs blocks whose input is the output of the previous block; "
+                "these blocks were reconstructed with target='block'",
             )
 
     def _is_recorded(self, layers: Sequence[Layer]) -> bool:

@@ -13,8 +13,8 @@ class TeacherTokens:
     """The most probable next tokens of a teacher at each position.
 
     Attributes:
-        indices: Token ids, shape ``(..., k)``.
-        log_probs: Their log-probabilities, same shape, over the full vocabulary.
+        indices: Token ids, int32, shape ``(..., k)``.
+        log_probs: Log-probabilities over the full vocabulary, float32, shape ``(..., k)``.
 
     Examples:
         >>> teacher = TeacherTokens.of(torch.tensor([[0.0, 2.0, 1.0]]), k=2)
@@ -29,7 +29,12 @@ class TeacherTokens:
 
     @classmethod
     def of(cls, logits: Tensor, k: int) -> TeacherTokens:
-        """Return the ``k`` most probable tokens of logits, shape ``(..., vocabulary)``."""
+        """Return the ``k`` most probable tokens of each position.
+
+        Args:
+            logits: Shape ``(..., vocabulary)``, any floating-point dtype.
+            k: Number of tokens; at most the size of the vocabulary is used.
+        """
         values, indices = logits.topk(min(k, logits.shape[-1]), -1)
         log_probs = values.float() - logits.float().logsumexp(-1, keepdim=True)
         return cls(indices.to(torch.int32), log_probs)
@@ -38,17 +43,20 @@ class TeacherTokens:
 def distillation_loss(
     logits: Tensor, teacher: TeacherTokens, valid: Tensor | None = None
 ) -> Tensor:
-    """Return the mean over tokens of the divergence of a student from its teacher, in nats.
+    """Return the Kullback–Leibler divergence of a student from its teacher, averaged over tokens.
 
-    ``KL(p ‖ q) = Σ_i p_i (log p_i − log q_i)``, over the teacher's k most probable tokens and one
-    more event, that the next token is none of these. So the loss is zero exactly if the student has
-    the teacher's probabilities for these tokens, and with k = vocabulary it is the full divergence.
+    ``KL(p ‖ q) = Σ_i p_i (log p_i − log q_i)`` over k + 1 events: the teacher's k most probable
+    tokens, and all other tokens as one event. It is zero if and only if the student assigns the
+    teacher's probabilities to these tokens; with k = vocabulary it is the full divergence.
 
     Args:
         logits: The student's logits, shape ``(batch, tokens, vocabulary)``.
         teacher: The teacher's tokens, shape ``(batch, tokens, k)``.
-        valid: Bool, shape ``(batch, tokens)``: False where a position does not count. Default:
-            ``None``, all count.
+        valid: Bool mask, shape ``(batch, tokens)``; positions with ``False`` are ignored. Default:
+            ``None``, which includes all positions.
+
+    Returns:
+        Scalar float32 tensor, in nats.
 
     Examples:
         >>> logits = torch.tensor([[[0.0, 2.0, 1.0]]])

@@ -1,4 +1,4 @@
-"""Block reconstruction: train the kept weights of a block to restore the dense block's output."""
+"""Block reconstruction: training the kept weights of a block to reproduce the dense output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Objective(Protocol):
 
     @property
     def batches(self) -> Sequence[int]:
-        """Numbers of the batches."""
+        """Global indices of the batches."""
 
     def error(self, weights: Mapping[str, Tensor], batches: Sequence[int]) -> float:
         """Return the mean over tokens of the squared error relative to the target's square."""
@@ -60,7 +60,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class BlockReconstruction:
-    """Train the kept weights of each decoder block so that it returns what the dense block did.
+    """Trains the kept weights of each decoder block to reproduce the output of the dense model.
 
     After a block is pruned (and its weights updated), Adam minimises over its kept weights
     ``mean_t ‖f(x_t) − y_t‖² / ‖y_t‖²``, where ``x_t`` are the inputs that come through the pruned
@@ -74,16 +74,16 @@ class BlockReconstruction:
     Pruned weights stay zero. Needs ``calibration_order="block"``.
 
     Attributes:
-        epochs: Passes over the calibration batches for each block.
+        epochs: Passes over the calibration batches for each block. Default: 6.
         learning_rate: Learning rate of Adam relative to the root mean square of the kept weights of
             each tensor, so that it suits models of any scale. Warms up, then decays to zero along a
             cosine. ``None`` tries 0.005, 0.01 and 0.02 for eight steps in each block, which favours
             rates that are lower than the best ones for a whole training.
-        batches_per_step: Calibration batches per optimizer step, over all ranks.
+        batches_per_step: Calibration batches per optimizer step, over all ranks. Default: 1.
         target: ``"model"`` or ``"block"``, see
             [`ReconstructionTarget`][symprune_lightning.functional.reconstruction.ReconstructionTarget].
-        train_norms: Whether the norms and biases of the block are trained too.
-        seed: Seed of the order of the batches.
+        train_norms: Whether the norms and biases of the block are trained too. Default: ``False``.
+        seed: Seed of the order of the batches. Default: 0.
 
     Raises:
         ValueError: A number is not positive, or ``target`` is unknown.
@@ -140,9 +140,11 @@ class BlockReconstruction:
         trainer = _Trainer(weights, masks, objective, rate)
         per_epoch = math.ceil(len(training) / self.batches_per_step)
         best: Weights | None = None
+        steps = 0
         for epoch in range(self.epochs):
-            for i, step in enumerate(self._steps(training, epoch)):
-                trainer.step(step, warmup_cosine(epoch * per_epoch + i, self.epochs * per_epoch))
+            for step in self._steps(training, epoch):
+                trainer.step(step, warmup_cosine(steps, self.epochs * per_epoch))
+                steps += 1
             error = objective.error(trainer.weights, held_out)
             if not math.isfinite(error):
                 break  # diverged, or overflowed in half precision
@@ -150,7 +152,7 @@ class BlockReconstruction:
                 best = {name: weight.detach().clone() for name, weight in trainer.weights.items()}
             errors.append(error)
             on_epoch(epoch + 1, error)
-        return Fit(best, errors, rate, self.epochs * per_epoch)
+        return Fit(best, errors, rate, steps)
 
     def _steps(self, training: Sequence[int], epoch: int) -> list[list[int]]:
         """Return the batches of each step of an epoch, the same on all ranks."""
@@ -215,8 +217,8 @@ def split_batches(batches: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]
     """
     if len(batches) < 2:
         raise ValueError(
-            f"reconstruction holds out a tenth of the calibration batches and needs at least 2, "
-            f"but there is {len(batches)}: use a smaller batch_size or more sequences"
+            f"reconstruct needs at least 2 calibration batches, one of which is held out, but got "
+            f"{len(batches)}: use a smaller batch_size or more sequences"
         )
     count = math.ceil(len(batches) / 10)
     return batches[:-count], batches[-count:]

@@ -9,11 +9,14 @@ WARMUP = 0.05
 
 
 def warmup_cosine(step: int, total: int) -> float:
-    """Return the factor of the learning rate: a linear warm-up, then a cosine to zero.
+    """Return the learning-rate factor: linear warm-up, then cosine decay to zero.
 
     Args:
         step: Number of finished steps, below ``total``.
-        total: Number of all steps.
+        total: Total number of steps.
+
+    Returns:
+        Factor in ``(0, 1]``.
 
     Examples:
         >>> [round(warmup_cosine(step, 5), 2) for step in range(5)]

@@ -188,7 +188,15 @@ class Report(Callback, PruningHooks):
             (name, format_number(dense.get(name)), format_number(value))
             for name, value in metrics["pruned"].items()
         ]
-        keys = ("model", "settings", "data", "versions", "trials", "unreached_layers")
+        keys = (
+            "model",
+            "settings",
+            "data",
+            "distillation",
+            "versions",
+            "trials",
+            "unreached_layers",
+        )
         settings = {key: manifest[key] for key in keys if manifest.get(key)}
         samples = zip(
             self.prompts,

@@ -100,7 +100,7 @@ class Communicator:
         return total
 
     def all_reduce_sum_(self, totals: Sequence[Tensor]) -> None:
-        """Replace float64 totals by their sums over contributing ranks, in one collective."""
+        """Replace totals, all of one dtype, by their sums over contributing ranks; a collective."""
         if self.world_size == 1 or not totals:
             return
         flat = torch.cat([total.flatten() for total in totals])
@@ -132,7 +132,7 @@ class Communicator:
         return int(minimum)
 
     def all_reduce_max(self, value: int) -> int:
-        """Return the maximum of a value, at least 0, over all ranks."""
+        """Return the maximum of a non-negative value over all ranks."""
         if self.world_size == 1:
             return value
         maximum = torch.tensor(value, device=self.device)

@@ -25,7 +25,7 @@ class SuspendedBatch(greenlet.greenlet):
     Args:
         run: The forward.
         valid: Bool, one per token: False where it is padding; ``None`` without padding.
-        number: Number of the batch over all ranks.
+        number: Global index of the batch over all ranks.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ class BlockCall:
     """The call of a block by one batch, which is suspended in front of it.
 
     Attributes:
-        number: Number of the batch over all ranks.
+        number: Global index of the batch over all ranks.
         args: Positional arguments.
         kwargs: Keyword arguments.
         target: What the dense block returned; its first tensor.
