@@ -17,10 +17,11 @@ from symprune_lightning import (
     SymPrune,
     Trainer,
 )
+from symprune_lightning.cli.verify import verify
 from symprune_lightning.self_text import sample_sequences
 from tests.groups import run_trainers
 from tests.models import LANGUAGE, VOCABULARY, build, llama
-from tests.texts import tokenizer
+from tests.texts import tokenizer, write_project
 
 EVALUATION = [list(range(3, 35))] * 4
 
@@ -108,7 +109,7 @@ def test_calibration_on_the_dense_models_own_text():
     batches = [batch["input_ids"] for batch in source.calibration_dataloader()]
     expected = sample(build("llama"), count=4, length=12)
     assert torch.equal(torch.cat(batches), expected)
-    assert source.settings["dataset"] == {"temperature": 1.0, "prefixes": ()}
+    assert source.settings["dataset"] == {"self": {"temperature": 1.0, "prefixes": ()}}
     assert set(source.hashes) == {"calibration", "evaluation"}
 
 
@@ -122,6 +123,40 @@ def test_training_text_differs_from_the_calibration_text():
     calibration = torch.cat([batch["input_ids"] for batch in source.calibration_dataloader()])
     assert training.shape == (3, 12)
     assert not (training[:, None] == calibration).all(-1).any()
+
+
+def test_every_model_calibrates_on_its_own_text():
+    source, seen = data(), []
+    for seed in (0, 1):
+        trainer().validate(
+            CausalLMModule(build("llama", seed)),
+            datamodule=source,
+            callbacks=SymPrune("wanda"),
+            verbose=False,
+        )
+        seen.append(source.hashes)
+    assert seen[0]["calibration"] != seen[1]["calibration"]
+    assert seen[0]["evaluation"] == seen[1]["evaluation"]
+
+
+def test_a_checkpoint_can_be_verified(tmp_path):
+    write_project(tmp_path)
+    source = CalibrationDataModule(
+        "self",
+        str(tmp_path / "model"),
+        evaluation=str(tmp_path / "texts.txt"),
+        sequences=2,
+        sequence_length=16,
+        evaluation_sequences=2,
+    )
+    trainer().prune(
+        CausalLMModule(str(tmp_path / "model")),
+        datamodule=source,
+        output=str(tmp_path / "out"),
+        callbacks=SymPrune("wanda"),
+    )
+    checks = {check.name: check for check in verify(str(tmp_path / "out"))}
+    assert checks["perplexity"].passed, checks["perplexity"]
 
 
 def sample_on_ranks(rank: int, size: int, folder: Path, strategy: Any) -> None:

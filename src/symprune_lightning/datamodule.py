@@ -1,8 +1,12 @@
-"""DataModule that packs texts into fixed-length sequences for calibration and evaluation."""
+"""DataModule that packs texts into fixed-length sequences for calibration and evaluation.
+
+Longer than 300 lines since all sources and splits of the data are described here.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -120,6 +124,10 @@ class CalibrationDataModule(LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self._tokenizer = tokenizer
         self._splits: dict[str, Tensor] = {}
+        self._sampled_from: weakref.ref[PreTrainedModel] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sampled_from": None}  # weak references cannot be pickled
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -133,8 +141,8 @@ class CalibrationDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Tokenize and pack all splits. Further calls do nothing.
 
-        With ``"self"``, calibration and training sequences are sampled when their loader is first
-        requested.
+        With ``"self"``, calibration and training sequences are sampled before the model is pruned,
+        or when a loader of them is first requested.
         """
         if self._splits:
             return
@@ -184,6 +192,41 @@ class CalibrationDataModule(LightningDataModule):
         """Return the batches of ``val_dataloader``."""
         return self.val_dataloader()
 
+    def sample(self) -> None:
+        """Sample the splits of ``dataset="self"`` from the Trainer's model.
+
+        Pruning callbacks call this before they prune. Further calls do nothing, unless the Trainer
+        has another model.
+
+        Raises:
+            ValueError: There is no transformers model in memory.
+        """
+        if not isinstance(self.dataset, SelfText):
+            return
+        module = None if self.trainer is None else self.trainer.lightning_module
+        model = getattr(module, "prunable_model", module)
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        if not isinstance(model, PreTrainedModel) or any(p.is_meta for p in model.parameters()):
+            raise ValueError(
+                "dataset='self' samples from the model that is pruned, which must be a "
+                "transformers model in memory: use it with a Trainer and a CausalLMModule, and "
+                "without streaming"
+            )
+        if self._sampled_from is not None and self._sampled_from() is model:
+            return
+        counts = {"calibration": self.sequences, "training": self.training_sequences}
+        for i, (split, count) in enumerate(counts.items()):
+            if count:
+                self._splits[split] = sample_sequences(
+                    model,
+                    self.tokenizer,
+                    self.dataset,
+                    count=count,
+                    length=self.sequence_length,
+                    seed=2 * self.seed + i,
+                )
+        self._sampled_from = weakref.ref(model)
+
     @property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the token ids of each split (int64, little-endian, row-major)."""
@@ -205,7 +248,7 @@ class CalibrationDataModule(LightningDataModule):
             "seed",
         )
         return {
-            "dataset": asdict(self.dataset)
+            "dataset": {SELF: asdict(self.dataset)}
             if isinstance(self.dataset, SelfText)
             else source_settings(self.dataset),
             "evaluation": source_settings(self.evaluation),
@@ -215,33 +258,12 @@ class CalibrationDataModule(LightningDataModule):
 
     def _dataloader(self, split: str) -> DataLoader[dict[str, Tensor]]:
         self.setup()
-        if split not in self._splits:
-            self._splits[split] = self._sample(split)
+        if isinstance(self.dataset, SelfText) and split not in self._evaluation_sets():
+            self.sample()
         rows: Any = [{"input_ids": ids} for ids in self._splits[split]]
         if split in self._evaluation_sets():
             rows = _padded_rows(rows, self._num_replicas)
         return DataLoader(rows, batch_size=self.batch_size)
-
-    def _sample(self, split: str) -> Tensor:
-        """Sample a split from the model of the Trainer."""
-        assert isinstance(self.dataset, SelfText)
-        module = None if self.trainer is None else self.trainer.lightning_module
-        model = getattr(module, "prunable_model", module)
-        if not isinstance(model, PreTrainedModel) or any(p.is_meta for p in model.parameters()):
-            raise ValueError(
-                "dataset='self' samples from the model that is pruned, which must be a "
-                "transformers model in memory: use it with a Trainer and a CausalLMModule, and "
-                "without streaming"
-            )
-        splits = ("calibration", "training")
-        return sample_sequences(
-            model,
-            self.tokenizer,
-            self.dataset,
-            count=dict(zip(splits, (self.sequences, self.training_sequences), strict=True))[split],
-            length=self.sequence_length,
-            seed=2 * self.seed + splits.index(split),
-        )
 
     def _evaluation_sets(self) -> dict[str, Texts | None]:
         """Map the evaluation splits to their texts; ``None`` for further texts of ``dataset``."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from symprune_lightning.engine.eval_mode import eval_mode
+
 SELF = "self"
 """Name of the source with default arguments."""
 
@@ -45,7 +47,6 @@ class SelfText:
             raise ValueError(f"temperature is {self.temperature}; it must be positive")
 
 
-@torch.inference_mode()
 def sample_sequences(
     model: PreTrainedModel,
     tokenizer: Tokenizer | None,
@@ -76,18 +77,18 @@ def sample_sequences(
     generator = torch.Generator().manual_seed(seed)
     starts = _starts(model, tokenizer, source)
     rows: list[Tensor] = []
-    was_training = model.training
-    model.train(False)
-    for start, number in Counter(islice(cycle(starts), count)).items():
-        if len(start) >= length:
-            raise ValueError(
-                f"a prefix has {len(start)} tokens, and must be shorter than sequence_length, "
-                f"which is {length}"
-            )
-        for begin in range(0, number, CHUNK):
-            ids = torch.tensor([start] * min(CHUNK, number - begin), device=model.device)
-            rows += _continue(model, ids, length, source.temperature, generator).cpu()
-    model.train(was_training)
+    longest = max(len(start) for start in starts)
+    if longest >= length:
+        raise ValueError(
+            f"a prefix has {longest} tokens, and must be shorter than sequence_length, which is "
+            f"{length}"
+        )
+    # not inference mode: FSDP2 would unshard the parameters as tensors that cannot be trained
+    with torch.inference_mode(False), torch.no_grad(), eval_mode(model):
+        for start, number in Counter(islice(cycle(starts), count)).items():
+            for begin in range(0, number, CHUNK):
+                ids = torch.tensor([start] * min(CHUNK, number - begin), device=model.device)
+                rows += _continue(model, ids, length, source.temperature, generator).cpu()
     return torch.stack(rows)
 
 

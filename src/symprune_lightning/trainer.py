@@ -17,12 +17,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
 from transformers import PreTrainedModel
 
-from symprune_lightning.callbacks.distillation import (
-    Distillation,
-    find_distillation,
-    recovery_callbacks,
-    recovery_checkpoint,
-)
+from symprune_lightning.callbacks.distillation import Distillation, find_distillation
 from symprune_lightning.callbacks.integration import model_name, pruning_target
 from symprune_lightning.callbacks.pruning import (
     PruneStage,
@@ -31,8 +26,10 @@ from symprune_lightning.callbacks.pruning import (
     pruning_callbacks,
     pruning_hooks,
 )
+from symprune_lightning.callbacks.recovery import recovery_callbacks, recovery_checkpoint
 from symprune_lightning.checkpoints.export import check_destination, save_checkpoint
 from symprune_lightning.checkpoints.manifest import build_manifest
+from symprune_lightning.checkpoints.masks import hash_masks
 from symprune_lightning.checkpoints.streaming import StreamedCheckpoint
 from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.sharding import full_state_dict
@@ -277,13 +274,23 @@ class Trainer(pl.Trainer):
         """Train the pruned model with its zeros kept, and evaluate it again."""
         for hook in pruning_hooks(self):
             hook.on_recovery_start()
-        assert datamodule is not None, "checked before pruning"
-        self.fit(
-            model,
-            train_dataloaders=datamodule.train_dataloader(),
-            ckpt_path=None if folder is None else recovery_checkpoint(folder),
-            callbacks=recovery_callbacks(result.masks, folder),
-        )
+        checkpoint = None
+        if folder is not None:
+            settings = distillation.training_settings(self, model)
+            settings["masks"] = hash_masks(result.masks)
+            if isinstance(datamodule, CalibrationDataModule):
+                settings["data"] = datamodule.settings
+            checkpoint = recovery_checkpoint(self, folder, settings)
+        limit, self.limit_val_batches = self.limit_val_batches, 0  # evaluated afterwards
+        try:
+            self.fit(
+                model,
+                datamodule=datamodule,
+                ckpt_path=checkpoint,
+                callbacks=recovery_callbacks(result.masks, folder),
+            )
+        finally:
+            self.limit_val_batches = limit
         distillation.record_training(self)
         self.validate(model, dataloaders, verbose=False, datamodule=datamodule)
 

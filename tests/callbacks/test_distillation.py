@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,11 +24,14 @@ from symprune_lightning import (
     CubicSchedule,
     Distillation,
     MaskedFinetuning,
+    PackedMasks,
     SymPrune,
     Trainer,
 )
+from symprune_lightning.callbacks.recovery import recovery_callbacks, recovery_checkpoint
 from symprune_lightning.callbacks.report.callback import Report
 from symprune_lightning.engine.layers.select import find_layers
+from symprune_lightning.errors import JournalError
 from symprune_lightning.module import TEACHER_INDICES, TEACHER_LOG_PROBS
 from tests.callbacks.test_finetuning import data, rows
 from tests.groups import run_trainers
@@ -185,9 +189,15 @@ def test_padding_and_shuffled_batches():
     source = Padded(
         rows(), sequences=4, sequence_length=16, training_sequences=1, evaluation_sequences=4
     )
-    trainer(max_epochs=3).prune(
-        tuned, datamodule=source, callbacks=[SymPrune("wanda"), Distillation(top_k=8)]
-    )
+    prune = SymPrune("wanda", sparsity=0.6)
+    trainer(max_epochs=20).prune(tuned, datamodule=source, callbacks=[prune, Distillation(top_k=8)])
+    with torch.no_grad():  # only what is not padding was learned
+        p, q = (
+            m.eval()(ids, attention_mask=mask).logits.log_softmax(-1)
+            for m in (teacher(), tuned.prunable_model)
+        )
+    losses = (p.exp() * (p - q)).sum(-1)
+    assert losses[:, :12].mean() < 0.5 * losses[:, 12:].mean()
 
 
 def test_a_sequence_that_the_dense_model_has_not_seen():
@@ -211,6 +221,10 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="top_k is 0; it must be at least 1"):
         Distillation(top_k=0)
     callbacks = [SymPrune("wanda"), Distillation()]
+    used = trainer(max_steps=1)
+    used.fit(module(), datamodule=data())
+    with pytest.raises(ValueError, match="has taken 1 steps already"):
+        used.prune(module(), datamodule=data(), callbacks=callbacks)
     for options, source, message in (
         ({}, data(), "max_steps or max_epochs, and neither is set"),
         ({"max_steps": 3}, data(training_sequences=0), "set training_sequences"),
@@ -222,6 +236,82 @@ def test_wrong_arguments():
         trainer(max_steps=3).prune(
             module(), datamodule=data(), callbacks=[*callbacks, Distillation()]
         )
+
+
+def test_an_ordinary_data_module():
+    """One that makes its training data in setup("fit"), and changes batches in its hooks."""
+
+    class Plain(pl.LightningDataModule):
+        def setup(self, stage: str) -> None:
+            if stage == "fit":
+                self.rows = [{"input_ids": torch.tensor(row)} for row in rows(6)]
+
+        def calibration_dataloader(self) -> Any:
+            return DataLoader([{"input_ids": torch.tensor(row)} for row in rows(4)])
+
+        def val_dataloader(self) -> Any:
+            return self.calibration_dataloader()
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(self.rows, batch_size=2, shuffle=True)
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {"input_ids": batch["input_ids"].flip(-1)}
+
+    tuned = module()
+    callbacks = [SymPrune("wanda", sparsity=0.5), Distillation(top_k=8)]
+    with pytest.raises(ValueError, match="let the training loader yield the same sequences"):
+        # the hook makes other sequences of those that the dense model has seen
+        trainer(max_steps=3).prune(tuned, datamodule=Plain(), callbacks=callbacks)
+    Plain.on_after_batch_transfer = pl.LightningDataModule.on_after_batch_transfer
+    result = trainer(max_steps=3).prune(module(), datamodule=Plain(), callbacks=callbacks)
+    assert result.sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_loader_without_length_or_batches():
+    options: dict[str, Any] = {"sequences": 4, "sequence_length": 16, "evaluation_sequences": 4}
+    for loader, message in (
+        (lambda self: ({"input_ids": torch.arange(16)} for _ in range(3)), "must have a length"),
+        (lambda self: DataLoader([]), "the training loader is empty"),
+    ):
+        source = CalibrationDataModule(rows(), training_sequences=1, **options)
+        source.train_dataloader = loader.__get__(source)  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match=message):
+            trainer(max_steps=1).prune(
+                module(), datamodule=source, callbacks=[SymPrune("wanda"), Distillation()]
+            )
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    masks = PackedMasks()
+    folder = tmp_path / "journal"
+    settings = {"max_steps": 3, "module": {"learning_rate": "0.1"}}
+    assert recovery_checkpoint(trainer(), folder, settings) is None
+    (folder / "recovery" / "last.ckpt").write_text("")
+    assert recovery_checkpoint(trainer(), folder, settings) == folder / "recovery" / "last.ckpt"
+    changed = {**settings, "max_steps": 4}
+    with pytest.raises(JournalError, match="max_steps was 3 and is now 4"):
+        recovery_checkpoint(trainer(), folder, changed)
+    assert len(recovery_callbacks(masks, folder)) == 2
+
+
+def test_gradual_pruning_resumes_with_the_dense_teacher(tmp_path):
+    """Also if the schedule prunes right after the resume, in either order of the callbacks."""
+    for order in (1, -1):
+        folder = tmp_path / str(order)
+
+        def callbacks(folder: Path = folder, order: int = order) -> list[Any]:
+            prune = SymPrune("wanda", sparsity=0.5, when=CubicSchedule(end=12, every=4))
+            distil = Distillation(top_k=8, folder=str(folder / "teacher"))
+            saved = ModelCheckpoint(folder, every_n_train_steps=4, filename="{step}", save_top_k=-1)
+            return [*[prune, distil][::order], MaskedFinetuning(), saved]
+
+        trainer(max_steps=8).fit(module(), datamodule=data(), callbacks=callbacks())
+        resumed = module()
+        trainer(max_steps=20).fit(
+            resumed, datamodule=data(), ckpt_path=folder / "step=8.ckpt", callbacks=callbacks()
+        )
+        assert len(list((folder / "teacher").iterdir())) == 1, "only the dense model is a teacher"
 
 
 def test_streaming_is_refused(tmp_path):
@@ -258,14 +348,14 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from symprune_lightning import BlockReconstruction, CausalLMModule, Distillation, SymPrune
-from symprune_lightning.callbacks import distillation
+from symprune_lightning.callbacks import distillation, recovery
 from tests.callbacks.test_distillation import data, trainer
 from tests.killing import dying_at
 import symprune_lightning.engine.journal as journal
 import lightning.pytorch as pl
 
 folder, calls = Path(sys.argv[1]), int(sys.argv[2])
-distillation.CHECKPOINT_STEPS = 2
+recovery.CHECKPOINT_STEPS = 2
 wrap = dying_at(calls)
 distillation.save_file = wrap(distillation.save_file)
 journal.save_file = wrap(journal.save_file)

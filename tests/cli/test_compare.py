@@ -147,13 +147,13 @@ def test_recipes_that_cannot_be_compared(folder):
         compare(files(folder, "wanda"), folder / "out", ["--pruning=null"])
 
 
-@pytest.mark.slow
 def test_distillation_cannot_be_compared(folder):
     path = write(folder, "distil", {"score": "ria"}, "symprune_lightning.Distillation")
     with pytest.raises(ValueError, match="compare does not train, so Distillation"):
         compare([path, *files(folder, "wanda")], folder / "out")
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_is_resumed(folder):
     for name in NAMES:
         write(folder, name, {"score": name, "sparsity": 0.6, "refine": "exactswap"})

@@ -139,6 +139,17 @@ def test_methods_without_data():
     assert all(block.error_reconstructed < block.error for block in result.blocks)
 
 
+def test_float16_gradients_do_not_underflow():
+    """Large activations and many tokens: the gradient of a mean over them is below 6e-8."""
+    torch.manual_seed(0)
+    model = llama(hidden_size=64, num_attention_heads=8).half().eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1000)  # hidden states as of a large model
+    inputs = batches(count=4, size=1, length=128)
+    result = prune_model(model, inputs, reconstruct=FAST, **OPTIONS)
+    assert all(block.error_reconstructed < 0.99 * block.error for block in result.blocks)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype):
     model = build("llama").to(dtype)
@@ -209,6 +220,94 @@ def test_hooks_see_blocks_and_epochs():
     assert [report.name for report in result.blocks] == ["model.layers.0", "model.layers.1"]
 
 
+def test_experts_without_tokens():
+    """Most experts get no token in a batch, and some get none at all."""
+    torch.manual_seed(0)
+    model = Experts()
+    inputs = [torch.randn(1, 4, 8) for _ in range(6)]
+    with pytest.warns(PruningWarning, match="no calibration batch reached"):
+        result = prune_model(model, inputs, reconstruct=FAST, **OPTIONS)
+    assert [report.name for report in result.blocks] == ["blocks.0", "blocks.1"]
+    assert result.unreached
+
+
+class Routed(nn.Module):
+    """Each token goes to one of six experts, and none to the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = x.abs().argmax(-1) % 5
+        output = x.clone()
+        for i, expert in enumerate(self.experts):
+            if (chosen == i).any():
+                output[chosen == i] = x[chosen == i] + expert(x[chosen == i])
+        return output
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Routed() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Residual(nn.Module):
+    """Blocks that hand on two tensors of hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TwoStates() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        residual = x
+        for block in self.blocks:
+            x, residual = block(x, residual)
+        return x + residual
+
+
+class TwoStates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Any:
+        residual = residual + x
+        return self.linear(residual).tanh(), residual
+
+
+def test_a_second_tensor_of_hidden_states_is_named():
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 16, 8) for _ in range(8)]
+    with pytest.warns(PruningWarning, match=r"reconstructed with target=.block.: blocks\.1"):
+        prune_model(Residual(), inputs, reconstruct=FAST, **OPTIONS)
+
+
+def test_inference_mode():
+    """As Lightning's evaluation: batches and the user's forward are in inference mode."""
+
+    @torch.inference_mode()
+    def forward(model: nn.Module, batch: Any) -> Any:
+        return model(**batch)
+
+    masked = [{**b, "attention_mask": torch.ones(1, 24, dtype=torch.bool)} for b in data()]
+    for batch in masked:
+        batch["attention_mask"][:, 20:] = False
+    model = build("llama")
+    with torch.inference_mode():
+        inputs = ({key: x.clone() for key, x in batch.items()} for batch in masked)
+        result = prune_model(model, inputs, reconstruct=FAST, **OPTIONS)
+    assert all(block.error_reconstructed < block.error for block in result.blocks)
+    result = prune_model(build("llama"), data(), reconstruct=FAST, forward=forward, **OPTIONS)
+    assert all(block.error_reconstructed < block.error for block in result.blocks)
+
+
 class Mixed(nn.Module):
     """Scales the hidden states between two blocks, which no block's output shows."""
 
@@ -233,6 +332,9 @@ def test_combinations_that_are_refused():
     for order in ("layer", "dense"):
         with pytest.raises(ValueError, match="use calibration_order='block'"):
             prune_model(build("llama"), data(), calibration_order=order, reconstruct=True)
+    layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="Sequential has none: blocks are the children"):
+        prune_model(layers, [torch.randn(4, 8)] * 4, **OPTIONS, reconstruct=True)
     with pytest.raises(ValueError, match="one of which is held out, but got 1"):
         prune_model(build("llama"), data(count=1), **OPTIONS, reconstruct=True)
 

@@ -133,8 +133,22 @@ def test_a_learning_rate_is_chosen_by_trial():
     assert fit.learning_rate == 2e-2, "the weights are far from the solution: the largest"
     assert len(objective.trained) == 3 * 8 + 18
     # from the solution, where every step adds noise, the smallest is the least harm
-    fit = settings.fit(fit.weights or {}, {"w": mask}, objective)
-    assert fit.errors[0] >= min(fit.errors)
+    fit = BlockReconstruction(epochs=60).fit({"w": dense * mask}, {"w": mask}, objective)
+    assert settings.fit(fit.weights or {}, {"w": mask}, objective).learning_rate == 5e-3
+
+
+def test_errors_that_are_not_finite():
+    objective, dense, mask = problem()
+    settings = BlockReconstruction(epochs=4)
+    values = iter([0.5, 0.4, float("nan")])
+    objective.error = lambda weights, batches: next(values)  # type: ignore[method-assign]
+    fit = settings.fit({"w": dense * mask}, {"w": mask}, objective)
+    assert fit.errors == [0.5, 0.4]
+    assert fit.steps == 2 * 18
+    assert fit.weights is not None
+    objective.error = lambda weights, batches: float("inf")  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="is not finite; check the model's precision"):
+        settings.fit({"w": dense * mask}, {"w": mask}, objective)
 
 
 def test_epochs_are_reported():

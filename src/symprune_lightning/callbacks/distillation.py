@@ -1,4 +1,7 @@
-"""Recovery of a pruned model by distillation from the dense one."""
+"""Recovery of a pruned model by distillation from the dense one.
+
+Longer than 300 lines since storing the predictions and adding them to batches share their names.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from symprune_lightning.callbacks.finetuning import MaskedFinetuning, prunes_gradually
+from symprune_lightning.callbacks.finetuning import prunes_gradually
 from symprune_lightning.callbacks.integration import (
     calibration_forward,
     communicator_of,
@@ -24,15 +27,12 @@ from symprune_lightning.callbacks.integration import (
 )
 from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.communicator import Communicator
+from symprune_lightning.engine.eval_mode import eval_mode
 from symprune_lightning.engine.files import atomic_file
 from symprune_lightning.engine.fingerprint import hash_weights
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.functional.distillation import TeacherTokens
-from symprune_lightning.functional.packing import PackedMasks
 from symprune_lightning.module import TEACHER_INDICES, TEACHER_LOG_PROBS
-
-CHECKPOINT_STEPS = 50
-"""Number of training steps between the checkpoints of a recovery."""
 
 
 class Distillation(Callback, PruningHooks):
@@ -77,7 +77,7 @@ class Distillation(Callback, PruningHooks):
         self._stored: Path | None = None
         self._run: tuple[Trainer, LightningModule] | None = None
         self._module: weakref.ref[LightningModule] | None = None
-        self._is_training = False
+        self._keeps_stored = False
         self._training: dict[str, Any] = {}
 
     @property
@@ -89,9 +89,14 @@ class Distillation(Callback, PruningHooks):
         """Check the number of training steps and the training data before the run starts.
 
         Raises:
-            ValueError: Neither ``max_steps`` nor ``max_epochs`` is set, or there is no training
-                data.
+            ValueError: Neither ``max_steps`` nor ``max_epochs`` is set, there is no training data,
+                or the Trainer was used before.
         """
+        if trainer.global_step > 0:
+            raise ValueError(
+                f"this Trainer has taken {trainer.global_step} steps already, which count towards "
+                f"its max_steps: prune with a new Trainer"
+            )
         if trainer.max_steps == -1 and trainer.max_epochs is None:
             raise ValueError(
                 "Distillation trains for the Trainer's max_steps or max_epochs, and neither is "
@@ -115,14 +120,21 @@ class Distillation(Callback, PruningHooks):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the folder."""
         self._stored = Path(state_dict["folder"])
+        self._keeps_stored = True  # the weights of the checkpoint are pruned
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remember the module, whose dense weights are needed later."""
         self._run = trainer, pl_module
-        self._is_training = False
+        self._keeps_stored = False
         # predictions that were stored when this module was pruned are for the fit that follows
-        if stage != "fit" or self._module is None or self._module() is not pl_module:
+        if self._module is None or self._module() is not pl_module:
             self._stored = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Drop the module."""
+        self._run = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Drop the module."""
@@ -138,7 +150,7 @@ class Distillation(Callback, PruningHooks):
 
     def on_pruning_start(self, layers: Sequence[str]) -> None:
         """Run the dense model over the training batches, and store its predictions."""
-        if self._run is not None and not self._is_training:
+        if self._run is not None and not self._keeps_stored:
             self._store_all(*self._run)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,22 +162,23 @@ class Distillation(Callback, PruningHooks):
         communicator = communicator_of(trainer)
         folder = self._folder(communicator) / hash_weights(pruning_target(module))[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        training = [m for m in module.modules() if m.training]
-        module.eval()
-        with torch.inference_mode(False), torch.no_grad():
-            for batch, is_own in _in_lockstep(_training_batches(trainer), communicator):
-                writes = is_own and communicator.contributes
-                self._store(trainer, module, batch, folder if writes else None)
-        for submodule in training:
-            submodule.training = True
-        communicator.barrier()
+        error = None
+        try:
+            batches = _in_lockstep(_training_loader(trainer), communicator)
+            with torch.inference_mode(False), torch.no_grad(), eval_mode(module):
+                for batch, is_own in batches:
+                    writes = is_own and communicator.contributes
+                    self._store(trainer, module, batch, folder if writes else None)
+        except Exception as raised:  # reported to the other ranks
+            error = raised
+        communicator.all_reduce_min(0, error)
         self._stored, self._module = folder, weakref.ref(module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Add the dense model's predictions to a batch."""
-        self._is_training = True
+        self._keeps_stored = True  # from now on a schedule prunes a model that is trained
         files = [self._file(row) for row in _rows(batch)]
         missing = [file for file in files if file is None or not file.is_file()]
         if missing:
@@ -179,6 +192,18 @@ class Distillation(Callback, PruningHooks):
         for key in (TEACHER_INDICES, TEACHER_LOG_PROBS):
             stacked = torch.stack([sequence[key] for sequence in tokens])
             batch[key] = stacked.to(batch["input_ids"].device)
+
+    def training_settings(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Return what must agree for an interrupted training to be resumed, as JSON values."""
+        return {
+            "teacher": None if self._stored is None else self._stored.name,
+            "top_k": self.top_k,
+            "max_steps": trainer.max_steps,
+            "max_epochs": trainer.max_epochs,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "precision": str(trainer.precision),
+            "module": {key: repr(value) for key, value in module.hparams.items()},
+        }
 
     def record_training(self, trainer: Trainer) -> None:
         """Record how the model was trained; also if a resumed ``fit`` had no step left."""
@@ -209,7 +234,8 @@ class Distillation(Callback, PruningHooks):
         tokens = TeacherTokens.of(logits, self.top_k)
         for i, file in enumerate(files):
             parts = {TEACHER_INDICES: tokens.indices[i], TEACHER_LOG_PROBS: tokens.log_probs[i]}
-            with atomic_file(file) as tmp:
+            # ranks may have equal sequences
+            with atomic_file(file, f"partial-{trainer.global_rank}") as tmp:
                 save_file({key: part.contiguous().cpu() for key, part in parts.items()}, tmp)
 
     def _file(self, row: Tensor) -> Path | None:
@@ -249,59 +275,52 @@ def refuse_distillation(callbacks: Sequence[Callback], command: str) -> None:
         )
 
 
-def recovery_callbacks(masks: PackedMasks, folder: Path | None) -> list[Callback]:
-    """Return callbacks that keep zeros while a pruned model is trained, and save checkpoints.
+def _training_loader(trainer: Trainer) -> Any:
+    """Return the loader of the training batches, before it is divided among ranks.
 
-    Args:
-        masks: The masks.
-        folder: Where to save checkpoints; ``None`` saves none.
+    Raises:
+        ValueError: There is none.
     """
-    callbacks: list[Callback] = [MaskedFinetuning(masks)]
-    if folder is not None:
-        saver = ModelCheckpoint(
-            _checkpoint(folder).parent,
-            filename=_checkpoint(folder).stem,
-            every_n_train_steps=CHECKPOINT_STEPS,
-            enable_version_counter=False,
-        )
-        callbacks.append(saver)
-    return callbacks
-
-
-def recovery_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint from which an interrupted training resumes, if there is one."""
-    path = _checkpoint(folder)
-    return path if path.exists() else None
-
-
-def _checkpoint(folder: Path) -> Path:
-    return folder / "recovery" / "last.ckpt"
-
-
-def _training_batches(trainer: Trainer) -> Any:
-    """Return the loader of the training batches, undivided."""
+    if trainer.state.fn == TrainerFn.FITTING:
+        # Trainer.train_dataloader has a distributed sampler
+        return trainer.fit_loop._data_source.dataloader()
     datamodule = getattr(trainer, "datamodule", None)  # set by Lightning during a call
-    if datamodule is not None:
-        return datamodule.train_dataloader()
-    loader = trainer.train_dataloader
-    if loader is None:
+    if datamodule is None:
         raise ValueError(
             "Distillation needs training batches: use a data module with a train_dataloader, such "
             "as CalibrationDataModule(training_sequences=…)"
         )
-    return loader
+    datamodule.setup("fit")  # as the fit that follows will do
+    return datamodule.train_dataloader()
 
 
-def _in_lockstep(batches: Any, communicator: Communicator) -> Iterator[tuple[Any, bool]]:
+def _in_lockstep(loader: Any, communicator: Communicator) -> Iterator[tuple[Any, bool]]:
     """Yield this rank's batches, and the first one until all ranks have had equally many.
 
     A sharded model runs on all ranks at once. The second value is False for these repetitions.
+
+    Raises:
+        ValueError: The loader has no length, or is empty.
     """
-    local = list(communicator.shard(batches))
-    longest = communicator.all_reduce_max(len(local))
-    first = next(iter(batches))
-    yield from ((batch, True) for batch in local)
-    yield from ((first, False) for _ in range(longest - len(local)))
+    try:
+        count = len(loader)
+    except TypeError as error:
+        raise ValueError(
+            "Distillation stores a prediction for every training sequence, so the training loader "
+            "must have a length"
+        ) from error
+    if not count:
+        raise ValueError("the training loader is empty: pass at least one batch")
+    size, first = communicator.data_world_size, None
+    # a loader that shuffles has the same order on all ranks, and leaves the global generator alone
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for i, batch in enumerate(loader):
+            first = batch if first is None else first
+            if i % size == communicator.data_rank:
+                yield batch, True
+        if count % size and communicator.data_rank >= count % size:
+            yield first, False
 
 
 def _rows(batch: Any) -> list[Tensor]:

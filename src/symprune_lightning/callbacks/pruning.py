@@ -16,6 +16,7 @@ from torch import nn
 
 from symprune_lightning.callbacks.integration import (
     calibration_batches,
+    calibration_datamodule,
     calibration_forward,
     calibration_loss,
     communicator_of,
@@ -170,6 +171,9 @@ class PruningCallback(Callback, PruningHooks, ABC):
             placement: Placement of the weights, if they are not in memory.
         """
         communicator = communicator_of(trainer)
+        datamodule = calibration_datamodule(trainer)
+        if datamodule is not None:
+            datamodule.sample()  # while the model is dense and runs as usual
         batches = communicator.shard(calibration_batches(trainer, module, self.calibration))
         observers = [hook for hook in pruning_hooks(trainer) if hook is not self]
         start = time.perf_counter()

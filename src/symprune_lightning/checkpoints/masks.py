@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -86,6 +87,15 @@ def _read_packed(file: Path) -> Iterator[tuple[str, Tensor, int]]:
                 yield name, opened.get_tensor(name), columns[name]
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{file} holds no masks that can be read: {error}") from error
+
+
+def hash_masks(masks: PackedMasks) -> str:
+    """Return a hash of masks and layer names."""
+    digest = hashlib.sha256()
+    for name in sorted(masks):
+        bits, columns = masks.packed(name)
+        digest.update(f"{name} {tuple(bits.shape)} {columns}".encode() + bits.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def infer_masks(model: nn.Module) -> PackedMasks:

@@ -20,6 +20,7 @@ from symprune_lightning.datamodule import EVALUATION, CalibrationDataModule
 from symprune_lightning.errors import VerificationError
 from symprune_lightning.functional.packing import PackedMasks
 from symprune_lightning.module import CausalLMModule
+from symprune_lightning.self_text import SELF, SelfText
 from symprune_lightning.texts import TextSource
 from symprune_lightning.trainer import Trainer
 
@@ -247,6 +248,9 @@ def _recorded_source(source: Any) -> Any:
         raise _UnavailableError("it was evaluated on in-memory texts that are not stored")
     if "sets" in source:
         return {name: _recorded_source(texts) for name, texts in source["sets"].items()}
+    if SELF in source:
+        prefixes = tuple(source[SELF]["prefixes"])
+        return SelfText(temperature=source[SELF]["temperature"], prefixes=prefixes)
     return TextSource(**source)
 
 

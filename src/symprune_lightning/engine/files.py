@@ -12,8 +12,12 @@ from typing import Any
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, suffix: str = "partial") -> Iterator[Path]:
     """Write a file under a temporary name and rename it to ``path`` once it is complete.
+
+    Args:
+        path: The file.
+        suffix: Suffix of the temporary name, which differs for ranks that may write the same file.
 
     Yields:
         The path to write to. If an exception is raised inside, it is deleted and an earlier file
@@ -27,7 +31,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         >>> path.read_text()
         'complete'
     """
-    tmp = hidden_sibling(path, "partial")
+    tmp = hidden_sibling(path, suffix)
     try:
         yield tmp
         _fsync(tmp)

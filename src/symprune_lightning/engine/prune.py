@@ -1,4 +1,7 @@
-"""``prune_model``: prune any ``nn.Module`` in place."""
+"""``prune_model``: prune any ``nn.Module`` in place.
+
+Longer than 300 lines since the arguments of a run are documented here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,12 @@ from torch import Tensor, nn
 
 from symprune_lightning.engine.allocate import AllocationResolver
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
-from symprune_lightning.engine.distributed.sharding import is_tensor_parallel, placement_of
+from symprune_lightning.engine.distributed.sharding import (
+    has_nested_fsdp,
+    is_tensor_parallel,
+    placement_of,
+)
+from symprune_lightning.engine.eval_mode import eval_mode
 from symprune_lightning.engine.fingerprint import run_fingerprint
 from symprune_lightning.engine.forward.calibration import Calibration, Forward, call_model
 from symprune_lightning.engine.hooks import PruningHooks
@@ -195,16 +203,15 @@ def prune_with(
             "group 'model' compares all weights at once: load the full model into memory"
         )
     reuses_batches = method.allocation is not None or method.needs_sensitivity
-    if method.reconstruct is not None:
-        batches = list(batches)
-        _check_reconstruction(model, layers, len(batches), options.communicator)
-    if options.journal is not None or reuses_batches:
-        batches = list(batches)  # iterated more than once
+    if options.journal is not None or reuses_batches or method.reconstruct is not None:
+        batches = _listed(batches, options.communicator)  # iterated more than once, or counted
+        if method.reconstruct is not None:
+            _check_reconstruction(model, layers, len(batches), options.communicator)
     forward = options.forward or call_model
     calibration = Calibration(model, batches, forward, placement, options.communicator)
     for hook in options.hooks:
         hook.on_pruning_start([layer.name for layer in layers])
-    with torch.inference_mode(False), torch.no_grad(), _eval_mode(model):
+    with torch.inference_mode(False), torch.no_grad(), eval_mode(model), _no_cache(model):
         journal = _open_journal(options.journal, plan, calibration)
         sensitivity: dict[str, Statistics] = {}
         if method.needs_sensitivity:
@@ -225,6 +232,19 @@ def prune_with(
     return run.result
 
 
+def _listed(batches: Iterable[Any], communicator: Communicator) -> list[Any]:
+    """Return this rank's batches as a list; an error of one rank's loader is raised on all."""
+    listed, error = [], None
+    try:
+        # outside of Lightning's inference mode: the tensors are saved for backward passes
+        with torch.inference_mode(False):
+            listed = list(batches)
+    except Exception as raised:
+        error = raised
+    communicator.all_reduce_min(0, error)
+    return listed
+
+
 def _check_reconstruction(
     model: nn.Module, layers: Sequence[Layer], num_batches: int, communicator: Communicator
 ) -> None:
@@ -232,6 +252,17 @@ def _check_reconstruction(
     if is_tensor_parallel(model, layers):
         raise ValueError(
             "reconstruct is not supported for tensor parallelism: use strategy='ddp' or FSDP2"
+        )
+    blocks = list(decoder_blocks(model, layers))
+    if not blocks:
+        raise ValueError(
+            f"reconstruct trains decoder blocks, and {type(model).__name__} has none: blocks are "
+            f"the children of a ModuleList or Sequential that contain several layers"
+        )
+    if any(has_nested_fsdp(block) for block in blocks):
+        raise ValueError(
+            "reconstruct does not support modules that are sharded by FSDP2 inside a decoder "
+            "block: apply fully_shard to the blocks only"
         )
     count = torch.tensor([num_batches if communicator.contributes else 0])
     split_batches(range(int(communicator.all_reduce_sum(count))))
@@ -269,21 +300,17 @@ def _resolve_allocation(
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no KV cache, both restored at the end."""
-    training = [module for module in model.modules() if module.training]
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """Disable the KV cache of a model inside the context."""
     cached: dict[int, Any] = {id(m.config): m.config for m in model.modules() if _uses_cache(m)}
     configs = list(cached.values())
     try:
-        model.eval()
         for config in configs:
             config.use_cache = False
         yield
     finally:
         for config in configs:
             config.use_cache = True
-        for module in training:
-            module.training = True
 
 
 def _uses_cache(module: nn.Module) -> bool:

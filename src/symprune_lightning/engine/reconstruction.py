@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -20,8 +22,11 @@ from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.result import BlockRecord, BlockReport, PruneResult
+from symprune_lightning.errors import PruningWarning
 from symprune_lightning.functional.reconstruction import BlockReconstruction, Weights
 from symprune_lightning.functional.statistics import at_least_float32
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 class BlockReconstructor:
@@ -66,6 +71,8 @@ class BlockReconstructor:
     def train(self, block: nn.Module, calls: Sequence[BlockCall]) -> None:
         """Train a block on all ranks' calls of it, and write its weights; a collective."""
         name = self._names[block]
+        if any(report.name == name for report in self.result.blocks):
+            return  # restored before the batches ran
         if self._is_finished(name):
             self._restore(block)
             return
@@ -81,7 +88,16 @@ class BlockReconstructor:
             return  # no batch reached any of its layers
         weights = {key: at_least_float32(parameters[key].detach()) for key in trained}
         objective = BlockObjective(block, calls, self.calibration.communicator)
-        fit = self.method.fit(weights, masks, objective, partial(self._on_epoch, name))
+        # the user's forward may have left inference mode enabled
+        with torch.inference_mode(False), torch.no_grad():
+            fit = self.method.fit(weights, masks, objective, partial(self._on_epoch, name))
+        if len(fit.errors) <= self.method.epochs:
+            warnings.warn(
+                f"the training of block {name} diverged in epoch {len(fit.errors)} (its error is "
+                f"not finite), so it has the best weights before; use a lower learning_rate",
+                PruningWarning,
+                stacklevel=2,
+            )
         report = BlockReport(
             name=name,
             error=fit.errors[0],
@@ -167,7 +183,7 @@ class BlockObjective:
         """See `Objective`."""
 
         def add(call: BlockCall, share: float, total: Tensor) -> None:
-            total += share * self._error(call, weights)
+            total += share * self._error(call, weights)[0]
 
         total = torch.zeros((), device=self._device(weights))
         self._sum(batches, partial(add, total=total), [total])
@@ -178,11 +194,15 @@ class BlockObjective:
         gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
 
         def add(call: BlockCall, share: float) -> None:
-            error = self._error(call, weights, enable_grad=True)
-            parts = torch.autograd.grad(error, list(weights.values()), allow_unused=True)
+            error, scale = self._error(call, weights, enable_grad=True)
+            if not error.requires_grad:  # no token of this batch is routed to a trained expert
+                return
+            with torch.enable_grad():
+                scaled = error * scale
+            parts = torch.autograd.grad(scaled, list(weights.values()), allow_unused=True)
             for gradient, part in zip(gradients.values(), parts, strict=True):
                 if part is not None:  # an expert without tokens in this batch
-                    gradient.add_(part, alpha=share)
+                    gradient.add_(part, alpha=share / scale)
 
         self._sum(batches, add, list(gradients.values()))
         return gradients
@@ -209,8 +229,8 @@ class BlockObjective:
 
     def _error(
         self, call: BlockCall, weights: Mapping[str, Tensor], enable_grad: bool = False
-    ) -> Tensor:
-        """Return the mean over tokens of the relative squared error of one call."""
+    ) -> tuple[Tensor, float]:
+        """Return the mean relative squared error of one call, and a scale for its gradient."""
         modes = thread_modes()
         set_thread_modes(call.modes)
         try:
@@ -255,14 +275,22 @@ class _Forward(nn.Module):
         return self.block.forward(*args, **kwargs)
 
 
-def _relative_error(output: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the mean over tokens of ``‖output − target‖² / ‖target‖²``."""
+def _relative_error(output: Tensor, target: Tensor, valid: Tensor | None) -> tuple[Tensor, float]:
+    """Return the mean over tokens of ``‖output − target‖² / ‖target‖²``, and a scale.
+
+    The scale is a power of two, by which the error is multiplied before its gradient is computed:
+    in float16 the gradient of a mean over many tokens would underflow.
+    """
     difference = (output.float() - target.float()).square().sum(-1)
     energy = target.float().square().sum(-1)
-    relative = difference / energy.clamp_min(torch.finfo(torch.float32).tiny)
+    mean = energy.mean()
+    # a token that the block zeroes has no scale of its own
+    relative = difference / energy.clamp_min(1e-6 * mean).clamp_min(TINY)
     if valid is not None and valid.numel() == relative.numel():
         relative = relative[valid.view_as(relative)]
-    return relative.mean()
+    scale = relative.numel() * math.sqrt(float(mean))
+    is_usable = math.isfinite(scale) and scale > 0
+    return relative.mean(), 2.0 ** round(math.log2(scale)) if is_usable else 1.0
 
 
 @torch.no_grad()

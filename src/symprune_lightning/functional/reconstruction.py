@@ -129,10 +129,15 @@ class BlockReconstruction:
             The best weights and the held-out errors.
 
         Raises:
-            ValueError: There are fewer than two batches.
+            ValueError: There are fewer than two batches, or the error is not finite.
         """
         training, held_out = split_batches(objective.batches)
         errors = [objective.error(weights, held_out)]
+        if not math.isfinite(errors[0]):
+            raise ValueError(
+                "the output of a block is not finite; check the model's precision (float16 "
+                "overflows: try bfloat16 or float32)"
+            )
         on_epoch(0, errors[0])
         rate = self.learning_rate
         if rate is None:

@@ -110,6 +110,11 @@ def is_tensor_parallel(model: nn.Module, layers: Sequence[Layer]) -> bool:
     return any(sum(not p.is_replicate() for p in w.placements) > allowed for w in sharded)
 
 
+def has_nested_fsdp(block: nn.Module) -> bool:
+    """Return whether FSDP2 was applied to a module inside of a block."""
+    return any(_fsdp_modules(child) for child in block.children())
+
+
 def shard_model_(
     model: nn.Module,
     blocks: Sequence[nn.Module],

@@ -94,7 +94,7 @@ def valid_tokens(data: Any) -> Tensor | None:
     """Return which tokens of a batch are real, if its ``attention_mask`` marks some as padding."""
     mask = data.get("attention_mask") if isinstance(data, Mapping) else None
     if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():
-        return mask.bool()
+        return mask.bool().clone()  # a copy: the tensors of a loader may be of inference mode
     return None
 
 

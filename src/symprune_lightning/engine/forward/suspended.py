@@ -175,14 +175,16 @@ class SuspendedForward:
             if self.training is not None and isinstance(wait_point, nn.Module):
                 calls = [batch.block_call for batch in waiting if batch.block_call is not None]
                 self.training.train(wait_point, calls)
+                del calls  # the hidden states of all batches, which are freed as each resumes
         self._pending.pop(wait_point, None)
+        for batch in waiting:
+            batch.block_call = None
         try:
             for batch in waiting:
                 # After the last prunable layer the rest of the forward (final norm, output
                 # projection) measures nothing. One batch runs on to the next excluded layer, to
                 # detect a pruned layer that the model calls a second time.
                 batch.is_exiting = not self._pending
-                batch.block_call = None
                 if self._pending or batch is waiting[0]:
                     batch.resume()
                 else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from symprune_lightning.engine.forward.batch import SuspendedBatch, current_batch, thread_modes
 from symprune_lightning.engine.forward.block import (
@@ -87,8 +88,7 @@ class BlockTargets:
         """Return what the block returns in the dense model; ``output`` for the first block."""
         if batch.dense_states is None or batch.last_output is None:
             return output
-        x, last = hidden_states(args, kwargs), batch.last_output
-        if x is None or x.shape != last.shape or not torch.equal(x, last):
+        if not _is_chained(args, kwargs, batch.last_output):
             self.detached_blocks.add(block)
             return output
         batch.is_computing_target = True
@@ -96,6 +96,23 @@ class BlockTargets:
         batch.is_computing_target = False
         assert dense is not None
         return dense
+
+
+def _is_chained(args: tuple[Any, ...], kwargs: dict[str, Any], last: Tensor) -> bool:
+    """Return whether the output of the block before is all that a block gets from other blocks.
+
+    A second tensor of hidden states, such as a residual or the output of an encoder, also comes
+    through pruned blocks, and its value in the dense model is unknown.
+    """
+    x = hidden_states(args, kwargs)
+    if x is None or (x.shape, x.dtype, x.device) != (last.shape, last.dtype, last.device):
+        return False
+    for other in tree_leaves((args, kwargs)):
+        if not isinstance(other, Tensor) or not other.is_floating_point() or other is x:
+            continue
+        if other.dim() == x.dim() and other.shape[-1] == x.shape[-1]:
+            return False
+    return torch.equal(x, last)
 
 
 def _keep_output(block: nn.Module, args: object, output: object) -> None:
