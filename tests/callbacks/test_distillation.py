@@ -364,10 +364,16 @@ prune = SymPrune(
     "wanda", sparsity=0.6, calibration_order="block",
     reconstruct=BlockReconstruction(epochs=1, learning_rate=1e-2),
 )
+class Count(pl.Callback):
+    steps = 0
+    def on_train_batch_end(self, *_):
+        self.steps += 1
+count = Count()
 trainer(max_steps=6).prune(
     CausalLMModule(str(folder / "dense"), learning_rate=3e-3), datamodule=data(),
-    output=str(folder / "out"), callbacks=[prune, Distillation(top_k=8)],
+    output=str(folder / "out"), callbacks=[prune, Distillation(top_k=8), count],
 )
+print("steps", count.steps)
 """
 
 
@@ -376,17 +382,19 @@ def test_resumes_at_every_stage(tmp_path, calls):
     """Killed while predictions are stored, while blocks are pruned, and while it is trained."""
     teacher().save_pretrained(tmp_path / "dense")
 
-    def run(kill_at: int) -> int:
+    def run(kill_at: int) -> tuple[int, str]:
         arguments = [sys.executable, "-c", SCRIPT, str(tmp_path), str(kill_at)]
-        return subprocess.run(arguments, capture_output=True, check=False).returncode
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout.strip()
 
-    assert run(0) == 0
+    assert run(0) == (0, "steps 6")
     expected = load_file(tmp_path / "out" / "model.safetensors")
     (tmp_path / "out").rename(tmp_path / "expected")
-    assert run(calls) == -signal.SIGKILL
+    assert run(calls)[0] == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.journal").is_dir()
-    assert run(0) == 0
+    # the third case was killed while the second checkpoint was written, after four steps
+    assert run(0) == (0, "steps 4" if calls == 12 else "steps 6")
     assert not (tmp_path / ".out.journal").exists()
     resumed = load_file(tmp_path / "out" / "model.safetensors")
     manifests = [

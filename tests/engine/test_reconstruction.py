@@ -18,7 +18,9 @@ from symprune_lightning import (
     prune_model,
 )
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
+from symprune_lightning.engine.distributed.dtensor import full_tensor
 from tests.engine.test_communicator import shard
+from tests.engine.test_journal import StopAfter
 from tests.groups import run_group
 from tests.models import LANGUAGE, batches, build, llama
 
@@ -360,10 +362,7 @@ def prune_on_ranks(rank: int, size: int, folder: Any, strategy: str) -> None:
         result = prune_model(
             model, local, communicator=communicator, reconstruct=settings, **OPTIONS
         )
-        weights = {
-            key: p.full_tensor() if hasattr(p, "full_tensor") else p
-            for key, p in model.state_dict().items()
-        }
+        weights = {key: full_tensor(p) for key, p in model.state_dict().items()}
         errors = [block.errors for block in result.blocks]
         saved = {"weights": weights, "errors": errors, "masks": dict(result.masks)}
         torch.save(saved, folder / f"{target}-{rank}.pt")
@@ -392,6 +391,36 @@ def test_ranks_agree_with_one_process_up_to_rounding(tmp_path, strategy, size):
                 assert mine == pytest.approx(other, rel=1e-3)
             for key, mask in expected["masks"].items():
                 assert (saved[rank]["masks"][key] != mask).float().mean() < 2e-3, key
+
+
+def resume_on_ranks(rank: int, size: int, folder: Any, strategy: str) -> None:
+    """Stopped in the third block and resumed, against an uninterrupted run on as many ranks."""
+    for target in ("block", "model"):
+        settings = BlockReconstruction(epochs=1, learning_rate=1e-2, target=target)
+
+        def run(settings: BlockReconstruction = settings, **options: Any) -> Any:
+            model = llama_of_three()
+            communicator = shard(model, strategy)
+            local = communicator.shard(data(count=6))
+            arguments = {**OPTIONS, "reconstruct": settings, **options}
+            result = prune_model(model, local, communicator=communicator, **arguments)
+            return result, {key: full_tensor(p) for key, p in model.state_dict().items()}
+
+        expected, weights = run()
+        journal = folder / f"journal-{target}"
+        with pytest.raises(PruningError, match="start the same run again"):
+            run(journal=journal, hooks=[StopAfter(16)])
+        communicator = Communicator.from_default_group()
+        communicator.barrier()
+        result, resumed = run(journal=journal)
+        assert [b.errors for b in result.blocks] == [b.errors for b in expected.blocks]
+        for key, weight in weights.items():
+            assert torch.equal(resumed[key], weight), key
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_resumes_bit_for_bit_on_several_ranks(tmp_path, strategy):
+    run_group(resume_on_ranks, 2, tmp_path, strategy)
 
 
 def refused(rank: int, size: int, folder: Any) -> None:
