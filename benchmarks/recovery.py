@@ -18,6 +18,7 @@ import logging
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback, LightningModule
 
@@ -41,7 +42,7 @@ class Perplexities(Callback):
     def __init__(self) -> None:
         self.values: list[float] = []
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LightningModule) -> None:
         """Record the perplexity."""
         self.values.append(float(trainer.callback_metrics["val_perplexity"]))
 
