@@ -233,7 +233,7 @@ def plot(path: Path, text: str, output: Path) -> None:
     pruned = [row for row in rows(path, text) if row["budget"] in BUDGETS]
     names = [name for name in methods() if any(row["method"] == name for row in pruned)][::-1]
     figure, axes = pyplot.subplots(
-        1, len(BUDGETS), sharey=True, figsize=(14, 0.3 * len(names) + 1.2), layout="constrained"
+        1, len(BUDGETS), sharey=True, figsize=(17, 0.3 * len(names) + 1.2), layout="constrained"
     )
     for axis, budget in zip(axes, BUDGETS, strict=True):
         for seed, color in (("0", "tab:blue"), ("1", "tab:orange")):
