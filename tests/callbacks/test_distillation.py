@@ -287,6 +287,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     folder = tmp_path / "journal"
     settings = {"max_steps": 3, "module": {"learning_rate": "0.1"}}
     assert recovery_checkpoint(trainer(), folder, settings) is None
+    (folder / "recovery").mkdir()
     (folder / "recovery" / "last.ckpt").write_text("")
     assert recovery_checkpoint(trainer(), folder, settings) == folder / "recovery" / "last.ckpt"
     changed = {**settings, "max_steps": 4}

@@ -54,7 +54,7 @@ def recovery_checkpoint(trainer: Trainer, folder: Path, settings: Mapping[str, A
     Raises:
         JournalError: The checkpoint belongs to another training.
     """
-    checkpoint, record = folder / RECOVERY / CHECKPOINT, folder / RECOVERY / "training.json"
+    checkpoint, record = folder / RECOVERY / CHECKPOINT, folder / "training.json"
     current: dict[str, Any] = json.loads(json.dumps(settings))  # JSON has no tuples
     if checkpoint.exists():
         recorded = json.loads(record.read_text("utf-8")) if record.is_file() else {}
