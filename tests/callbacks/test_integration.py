@@ -26,7 +26,7 @@ def test_a_module_with_a_calibration_step():
 
 
 def test_the_calibration_loss_of_a_module_gives_the_gradients():
-    """Of a loss that depends on one output row only, all other rows have no sensitivity."""
+    """If the loss depends on one output row only, the sensitivity of all other rows is zero."""
 
     class Own(Regression):
         def calibration_loss(self, batch):

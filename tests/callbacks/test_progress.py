@@ -74,17 +74,26 @@ def final_screen(output: str) -> str:
     return "\n".join(lines).strip()
 
 
-def test_the_bar_on_a_terminal_shows_every_layer_and_is_erased(monkeypatch, capsys):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "160")
+@pytest.fixture
+def terminal(monkeypatch):
+    """Make rich draw as on a terminal, wide enough for one line."""
+    for name, value in {"TTY_COMPATIBLE": "1", "TERM": "xterm", "COLUMNS": "160"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def without_escapes(output: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_the_bar_on_a_terminal_shows_every_layer_and_is_erased(capsys):
     progress = trainer()
     capsys.readouterr()
     with progress_hooks(progress) as hooks:
         model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         prune_model(model, [torch.randn(4, 8)], hooks=hooks)
     output = capsys.readouterr().out
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
+    text = without_escapes(output)
     assert re.search(r"pruning .*2/2 .*\b1 .*tokens/s .*GiB", text)
     assert final_screen(output) == ""
 
@@ -130,16 +139,14 @@ def test_a_log_has_a_line_for_each_reconstructed_block(capsys):
         )
 
 
-def test_the_bar_shows_block_epoch_and_error(monkeypatch, capsys):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "160")
+@pytest.mark.usefixtures("terminal")
+def test_the_bar_shows_block_epoch_and_error(capsys):
     progress = trainer()
     capsys.readouterr()
     with progress_hooks(progress) as hooks:
         bar = hooks[0]
         bar.on_reconstruction_epoch("model.layers.3", 2, 0.0125)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    text = without_escapes(capsys.readouterr().out)
     assert "reconstructing model.layers.3, epoch 2, held-out error 0.01250" in text
 
 

@@ -30,6 +30,7 @@ from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.eval_mode import eval_mode
 from symprune_lightning.engine.files import atomic_file
 from symprune_lightning.engine.fingerprint import hash_weights
+from symprune_lightning.engine.forward.calibration import logits_of
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.functional.distillation import TeacherTokens
 from symprune_lightning.module import TEACHER_INDICES, TEACHER_LOG_PROBS
@@ -179,16 +180,17 @@ class Distillation(Callback, PruningHooks):
     ) -> None:
         """Add the dense model's predictions to a batch."""
         self._keeps_stored = True  # from now on a schedule prunes a model that is trained
-        files = [self._file(row) for row in _rows(batch)]
-        missing = [file for file in files if file is None or not file.is_file()]
+        folder, rows = self._stored, _rows(batch)
+        files = [] if folder is None else [folder / _file_name(row, self.top_k) for row in rows]
+        missing = len(rows) - sum(file.is_file() for file in files)
         if missing:
             raise ValueError(
-                f"the dense model's predictions for {len(missing)} of {len(files)} sequences of "
+                f"the dense model's predictions for {missing} of {len(rows)} sequences of "
                 f"training batch {batch_idx} are not stored: prune in the same run "
                 f"(SymPrune(when='fit_start') or Trainer.prune), and let the training loader yield "
                 f"the same sequences in every pass"
             )
-        tokens = [load_file(file) for file in files if file is not None]
+        tokens = [load_file(file) for file in files]
         for key in (TEACHER_INDICES, TEACHER_LOG_PROBS):
             stacked = torch.stack([sequence[key] for sequence in tokens])
             batch[key] = stacked.to(batch["input_ids"].device)
@@ -219,14 +221,14 @@ class Distillation(Callback, PruningHooks):
         self, trainer: Trainer, module: LightningModule, batch: Any, folder: Path | None
     ) -> None:
         """Run the dense model on a batch, and write its predictions if there is a folder."""
-        names = [f"{_key(row, self.top_k)}.safetensors" for row in _rows(batch)]
-        files = [] if folder is None else [folder / name for name in names]
+        rows = _rows(batch)
+        files = [] if folder is None else [folder / _file_name(row, self.top_k) for row in rows]
         if trainer.world_size == 1 and all(file.is_file() for file in files):
             return  # stored by a run that was interrupted
         (moved,) = transfer_batches([batch], trainer)
-        output: Any = calibration_forward(trainer, module)(pruning_target(module), moved)
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not isinstance(logits, Tensor):
+        output = calibration_forward(trainer, module)(pruning_target(module), moved)
+        logits = logits_of(output)
+        if logits is None:
             raise ValueError(
                 f"Distillation needs logits, but the forward returned {type(output).__name__}: "
                 f"return them from calibration_step(batch) of the LightningModule"
@@ -237,11 +239,6 @@ class Distillation(Callback, PruningHooks):
             # ranks may have equal sequences
             with atomic_file(file, f"partial-{trainer.global_rank}") as tmp:
                 save_file({key: part.contiguous().cpu() for key, part in parts.items()}, tmp)
-
-    def _file(self, row: Tensor) -> Path | None:
-        if self._stored is None:
-            return None
-        return self._stored / f"{_key(row, self.top_k)}.safetensors"
 
     def _folder(self, communicator: Communicator) -> Path:
         """Return the folder of all runs, the same on all ranks."""
@@ -332,7 +329,7 @@ def _rows(batch: Any) -> list[Tensor]:
     return list(batch["input_ids"])
 
 
-def _key(row: Tensor, top_k: int) -> str:
-    """Return the name of a sequence: the loader may shuffle, and ranks may exchange sequences."""
+def _file_name(row: Tensor, top_k: int) -> str:
+    """Return the file of a sequence, by its tokens: loaders shuffle, ranks exchange sequences."""
     data = row.cpu().numpy().astype("<i8").tobytes()
-    return hashlib.sha256(data + str(top_k).encode()).hexdigest()[:32]
+    return f"{hashlib.sha256(data + str(top_k).encode()).hexdigest()[:32]}.safetensors"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from symprune_lightning.functional.schedule import cubic_growth
+
 
 @dataclass(frozen=True)
 class CubicSchedule:
@@ -39,8 +41,7 @@ class CubicSchedule:
 
     def fraction(self, step: int) -> float:
         """Return the fraction of the final sparsity after the pruning before ``step``."""
-        remaining = 1 - (step - self.start) / (self.end - self.start)
-        return 1 - min(1.0, max(0.0, remaining)) ** 3
+        return cubic_growth((step - self.start) / (self.end - self.start))
 
     def is_due(self, step: int) -> bool:
         """Return whether the model is pruned before this step."""

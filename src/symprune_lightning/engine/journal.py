@@ -6,7 +6,7 @@ Longer than 300 lines since reading and writing of a format belong together.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import count, takewhile
 from os import PathLike
@@ -106,20 +106,15 @@ class Journal:
         """Return the record of a finished layer; every rank must call this."""
         entry = self._finished[layer.name]
         rows, columns = layer.shape
-        stored: dict[str, Tensor] = {}
-        if self.communicator.rank == 0:
-            with safe_open(self._file(entry.file_index), framework="pt") as file:
-                stored = {key: file.get_tensor(f"{layer.name}:{key}") for key in entry.tensors}
         buffers = {
             "mask": torch.empty(rows, -(-columns // 8), dtype=torch.uint8),
             "channel_order": torch.empty(columns, dtype=torch.int64),
             "weight": torch.empty(rows, columns, dtype=layer.parameter.dtype),
         }
+        recorded = {f"{layer.name}:{key}": buffers[key] for key in entry.tensors}
+        values = self._broadcast_tensors(entry.file_index, recorded)
         device = layer.parameter.device
-        tensors = {
-            key: self.communicator.broadcast(stored.get(key, buffers[key])).to(device)
-            for key in entry.tensors
-        }
+        tensors = {key: x.to(device) for key, x in zip(entry.tensors, values, strict=True)}
         mask = unpack(tensors["mask"], columns)
         return LayerRecord(entry.report, mask, tensors.get("weight"), tensors.get("channel_order"))
 
@@ -130,16 +125,15 @@ class Journal:
     def read_block(self, name: str, block: nn.Module) -> BlockRecord:
         """Return the record of a reconstructed block; every rank must call this."""
         entry = self._finished_blocks[name]
-        stored: dict[str, Tensor] = {}
-        if self.communicator.rank == 0:
-            with safe_open(self._file(entry.file_index), framework="pt") as file:
-                stored = {key: file.get_tensor(f"{name}::{key}") for key in entry.parameters}
-        parameters = {}
-        for key in entry.parameters:
-            like = block.get_parameter(key)
-            buffer = stored.get(key, torch.empty(like.shape, dtype=like.dtype))
-            parameters[key] = self.communicator.broadcast(buffer).to(like.device)
-        return BlockRecord(entry.report, parameters)
+        current = {key: block.get_parameter(key) for key in entry.parameters}
+        recorded = {
+            f"{name}::{key}": torch.empty(x.shape, dtype=x.dtype) for key, x in current.items()
+        }
+        values = self._broadcast_tensors(entry.file_index, recorded)
+        return BlockRecord(
+            entry.report,
+            {k: v.to(x.device) for (k, x), v in zip(current.items(), values, strict=True)},
+        )
 
     def start_block(self, block: int) -> None:
         """Announce layers of a block; the block before it is finished, and written.
@@ -195,6 +189,19 @@ class Journal:
         return json.loads(
             self._on_rank_zero(lambda: path.read_text("utf-8") if path.is_file() else "null")
         )
+
+    def _broadcast_tensors(self, file_index: int, buffers: Mapping[str, Tensor]) -> list[Tensor]:
+        """Read tensors of a file on rank 0 and broadcast them.
+
+        Args:
+            file_index: Index of the file.
+            buffers: Keys in the file, to tensors of the recorded shapes and dtypes.
+        """
+        stored: Mapping[str, Tensor] = buffers
+        if self.communicator.rank == 0:
+            with safe_open(self._file(file_index), framework="pt") as file:
+                stored = {key: file.get_tensor(key) for key in buffers}
+        return [self.communicator.broadcast(tensor) for tensor in stored.values()]
 
     def _file(self, index: int) -> Path:
         return self.folder / BLOCK_FILE.format(index)

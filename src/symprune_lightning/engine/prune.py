@@ -202,8 +202,8 @@ def prune_with(
         raise ValueError(
             "group 'model' compares all weights at once: load the full model into memory"
         )
-    reuses_batches = method.allocation is not None or method.needs_sensitivity
-    if options.journal is not None or reuses_batches or method.reconstruct is not None:
+    users = (options.journal, method.allocation, method.reconstruct)
+    if method.needs_sensitivity or any(user is not None for user in users):
         batches = _listed(batches, options.communicator)  # iterated more than once, or counted
         if method.reconstruct is not None:
             _check_reconstruction(model, layers, len(batches), options.communicator)

@@ -176,7 +176,7 @@ class BlockObjective:
 
     @property
     def batches(self) -> Sequence[int]:
-        """Numbers of the batches of all ranks."""
+        """Global indices of the batches."""
         return sorted(self._tokens)
 
     def error(self, weights: Mapping[str, Tensor], batches: Sequence[int]) -> float:
@@ -185,7 +185,7 @@ class BlockObjective:
         def add(call: BlockCall, share: float, total: Tensor) -> None:
             total += share * self._error(call, weights)[0]
 
-        total = torch.zeros((), device=self._device(weights))
+        total = torch.zeros((), device=next(iter(weights.values())).device)
         self._sum(batches, partial(add, total=total), [total])
         return float(total)
 
@@ -249,7 +249,7 @@ class BlockObjective:
             torch.clear_autocast_cache()  # it holds half-precision copies of these weights
 
     def _count_tokens(self) -> dict[int, int]:
-        """Map the numbers of all ranks' batches to their numbers of tokens."""
+        """Map the global indices of all batches to their numbers of tokens."""
         communicator = self._communicator
         size = communicator.data_world_size
         last = max((number // size for number in self._calls), default=-1)
@@ -259,9 +259,6 @@ class BlockObjective:
             counts[number] = call.num_tokens
         communicator.all_reduce_sum_([counts])
         return {i: int(count) for i, count in enumerate(counts.tolist()) if count}
-
-    def _device(self, weights: Mapping[str, Tensor]) -> torch.device:
-        return next(iter(weights.values())).device
 
 
 class _Forward(nn.Module):

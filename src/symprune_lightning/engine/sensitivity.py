@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.forward.batch import valid_tokens
-from symprune_lightning.engine.forward.calibration import Calibration
+from symprune_lightning.engine.forward.calibration import Calibration, logits_of
 from symprune_lightning.engine.forward.recorder import drop_padding
 from symprune_lightning.engine.forward.sums import InputMoments
 from symprune_lightning.engine.layers.base import Layer, watch_layers
@@ -96,8 +96,8 @@ def _numbered(calibration: Calibration, max_batches: int | None) -> Iterator[tup
 def _drawn_loss(calibration: Calibration, batch: Any, number: int) -> Tensor:
     """Return the summed cross-entropy of labels drawn from the model's own distribution."""
     output = calibration.forward(calibration.model, batch)
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() < 2:
+    logits = logits_of(output)
+    if logits is None or logits.dim() < 2:
         raise ValueError(
             f"sensitivity needs logits, and forward returned {type(output).__name__}: pass "
             f"loss=, or define calibration_loss(batch) in the LightningModule"

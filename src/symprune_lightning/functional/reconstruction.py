@@ -16,9 +16,9 @@ Weights = dict[str, Tensor]
 """Parameter name to float32 master copy, zero where pruned."""
 
 ReconstructionTarget = Literal["block", "model"]
-"""What a block is trained to return. ``"block"``: the output of the dense block for the inputs that
-come through the pruned blocks before it. ``"model"``: the output of the same block in the dense
-model, so that each block also compensates for the errors of the blocks before it."""
+"""Target of a block's reconstruction. ``"block"``: the output of the dense block for the hidden
+states of the pruned model. ``"model"``: the output of the same block in the dense model, so that
+each block also compensates for the errors of the preceding blocks."""
 
 LEARNING_RATES = (5e-3, 1e-2, 2e-2)
 """Learning rates that are tried if none is given."""

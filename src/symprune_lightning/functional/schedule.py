@@ -1,4 +1,4 @@
-"""Schedule of the learning rate."""
+"""Schedules of the learning rate and of the sparsity."""
 
 from __future__ import annotations
 
@@ -26,3 +26,17 @@ def warmup_cosine(step: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def cubic_growth(progress: float) -> float:
+    """Return the fraction of the final sparsity: ``1 − (1 − progress)³``, arXiv 1710.01878, eq. 1.
+
+    Args:
+        progress: Fraction of the schedule that has passed; clamped to ``[0, 1]``.
+
+    Examples:
+        >>> [cubic_growth(progress) for progress in (-1.0, 0.0, 0.5, 1.0, 2.0)]
+        [0.0, 0.0, 0.875, 1.0, 1.0]
+    """
+    remaining = min(1.0, max(0.0, 1 - progress))
+    return 1 - remaining**3

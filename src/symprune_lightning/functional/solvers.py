@@ -15,6 +15,7 @@ from torch import Tensor
 from symprune_lightning.functional import obs
 from symprune_lightning.functional.cg import masked_cg
 from symprune_lightning.functional.patterns import NM, Pattern, Unstructured, keep_highest
+from symprune_lightning.functional.schedule import cubic_growth
 from symprune_lightning.functional.statistics import Need, Statistics
 
 
@@ -167,7 +168,7 @@ class ADMM(LayerSolver):
         for i in range(self.iterations):
             budget = pattern
             if isinstance(pattern, Unstructured) and i + 1 < self.schedule:
-                fraction = 1 - (1 - (i + 1) / self.schedule) ** 3
+                fraction = cubic_growth((i + 1) / self.schedule)
                 budget = replace(pattern, sparsity=pattern.sparsity * fraction)
             mask = self._mask(primal + dual, zero, budget)
             projected = (primal + dual) * mask

@@ -153,11 +153,7 @@ def _line_plot(layers: LayerReports, title: str, lines: Sequence[tuple[str, str,
     for key, color, label in lines:
         values = [layer.get(key) for layer in layers]
         axes.plot([float("nan") if v is None else v for v in values], color=color, label=label)
-    axes.set_xlabel("layers, in the order of pruning", fontsize=8)
-    axes.set_ylabel(title, fontsize=8)
-    axes.set_ylim(bottom=0)
-    if len(lines) > 1:
-        axes.legend(frameon=False, labelcolor=GRAY, fontsize=8)
+    _describe_lines(axes, "layers, in the order of pruning", title, legend=len(lines) > 1)
     return figure
 
 
@@ -172,12 +168,18 @@ def _reconstruction_plot(blocks: Sequence[Mapping[str, Any]]) -> Figure:
         ends = i in (0, len(blocks) - 1)
         label = block["name"] if ends else None
         axes.plot([e / errors[0] for e in errors], color=color, linewidth=1, label=label)
-    axes.set_xlabel("epochs", fontsize=8)
-    axes.set_ylabel("held-out error, relative", fontsize=8)
-    axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, labelcolor=GRAY, fontsize=8)
+    _describe_lines(axes, "epochs", "held-out error, relative", legend=True)
     return figure
+
+
+def _describe_lines(axes: Any, horizontal: str, vertical: str, *, legend: bool) -> None:
+    """Label axes with lines, which start at 0, and add a legend if requested."""
+    axes.set_xlabel(horizontal, fontsize=8)
+    axes.set_ylabel(vertical, fontsize=8)
+    axes.set_ylim(bottom=0)
+    if legend:
+        axes.legend(frameon=False, labelcolor=GRAY, fontsize=8)
 
 
 def _bar_chart(times: Mapping[str, float]) -> Figure:

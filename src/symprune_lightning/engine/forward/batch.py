@@ -28,9 +28,7 @@ class SuspendedBatch(greenlet.greenlet):
         number: Global index of the batch over all ranks.
     """
 
-    def __init__(
-        self, run: Callable[[], object], valid: Tensor | None = None, number: int = 0
-    ) -> None:
+    def __init__(self, run: Callable[[], object], valid: Tensor | None, number: int) -> None:
         super().__init__(run)
         self.gr_context = contextvars.copy_context()
         self.valid = valid
@@ -39,7 +37,7 @@ class SuspendedBatch(greenlet.greenlet):
         self.is_measuring = False
         """Whether layers record their inputs although the batch does not wait at them."""
         self.is_computing_target = False
-        """Whether the forward is a call of a block for the target of its reconstruction."""
+        """Whether a block is being called to compute the target of its reconstruction."""
         self.block_call: BlockCall | None = None
         """The call of the block that the batch waits at, if blocks are reconstructed."""
         self.dense_states: Tensor | None = None

@@ -310,13 +310,16 @@ class SuspendedForward:
         kwargs: dict[str, Any],
     ) -> None:
         """Wait, with the hidden states offloaded meanwhile if that is requested."""
+        target = self.calibration.offload
+        if target is None:
+            batch.wait_at(wait_point)
+            return
         tensors = [hidden_states(args, kwargs), batch.dense_states]
         if batch.block_call is not None:
             tensors.append(batch.block_call.target)
-        target = self.calibration.offload
         # by identity: the target of a block may be the dense model's hidden states
-        distinct = {id(x): x for x in tensors if x is not None and target is not None}
-        offloaded = [OffloadedTensor(x, target) for x in distinct.values() if target is not None]
+        distinct = {id(x): x for x in tensors if x is not None}
+        offloaded = [OffloadedTensor(x, target) for x in distinct.values()]
         if batch.block_call is not None:
             batch.block_call.offloaded = offloaded
         try:
