@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX, load_tokenizer
+from symprune_lightning.module import pruning_target
 from symprune_lightning.self_text import SELF, SelfText, sample_sequences
 from symprune_lightning.texts import Evaluation, Texts, load_texts, shuffled, source_settings
 
@@ -204,8 +205,7 @@ class CalibrationDataModule(LightningDataModule):
         if not isinstance(self.dataset, SelfText):
             return
         module = None if self.trainer is None else self.trainer.lightning_module
-        model = getattr(module, "prunable_model", module)
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        model = None if module is None else pruning_target(module)
         if not isinstance(model, PreTrainedModel) or any(p.is_meta for p in model.parameters()):
             raise ValueError(
                 "dataset='self' samples from the model that is pruned, which must be a "

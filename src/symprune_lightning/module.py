@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torchmetrics import Metric
 from torchmetrics.text import Perplexity
@@ -267,6 +267,17 @@ class CausalLMModule(LightningModule):
         values |= {name: metric.compute() for name, metric in by_loader.items()}
         # compute() has already reduced the values; sync_dist only silences Lightning's warning
         self.log_dict(values, prog_bar=True, sync_dist=True)
+
+
+def pruning_target(module: nn.Module) -> nn.Module:
+    """Return the module that is pruned, to which layer names are relative.
+
+    This is the attribute ``prunable_model`` of the LightningModule if it has one, without the
+    wrapper of ``torch.compile``; else the LightningModule itself.
+    """
+    target: nn.Module = getattr(module, "prunable_model", module)
+    original: nn.Module = getattr(target, "_orig_mod", target)
+    return original
 
 
 def _targets(batch: Batch) -> Tensor:

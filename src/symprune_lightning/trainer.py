@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from transformers import PreTrainedModel
 
 from symprune_lightning.callbacks.distillation import Distillation, find_distillation
-from symprune_lightning.callbacks.integration import model_name, pruning_target
+from symprune_lightning.callbacks.integration import model_name
 from symprune_lightning.callbacks.pruning import (
     PruneStage,
     PruningCallback,
@@ -35,7 +35,7 @@ from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import hidden_sibling
 from symprune_lightning.engine.result import PruneResult
-from symprune_lightning.module import CausalLMModule
+from symprune_lightning.module import CausalLMModule, pruning_target
 
 Callbacks = Callback | Sequence[Callback] | None
 

@@ -22,7 +22,6 @@ from symprune_lightning.callbacks.finetuning import prunes_gradually
 from symprune_lightning.callbacks.integration import (
     calibration_forward,
     communicator_of,
-    pruning_target,
     transfer_batches,
 )
 from symprune_lightning.datamodule import CalibrationDataModule
@@ -33,7 +32,7 @@ from symprune_lightning.engine.fingerprint import hash_weights
 from symprune_lightning.engine.forward.calibration import logits_of
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.functional.distillation import TeacherTokens
-from symprune_lightning.module import TEACHER_INDICES, TEACHER_LOG_PROBS
+from symprune_lightning.module import TEACHER_INDICES, TEACHER_LOG_PROBS, pruning_target
 
 
 class Distillation(Callback, PruningHooks):

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from symprune_lightning.callbacks.integration import (
-    pruning_target,
     refuse_strategies,
     trainer_callbacks,
 )
@@ -23,6 +22,7 @@ from symprune_lightning.engine.distributed.dtensor import local_tensor
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.functional.packing import PackedMasks, pack
+from symprune_lightning.module import pruning_target
 
 ZEROS = "zeros"
 

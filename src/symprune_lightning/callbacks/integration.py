@@ -22,24 +22,13 @@ from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
 from symprune_lightning.engine.forward.calibration import Forward, call_model
 from symprune_lightning.engine.sensitivity import Loss
-from symprune_lightning.module import CausalLMModule
+from symprune_lightning.module import CausalLMModule, pruning_target
 
 
 def trainer_callbacks(trainer: Trainer) -> list[Callback]:
     """Return the Trainer's callbacks, an attribute that it does not declare."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
-
-
-def pruning_target(module: LightningModule) -> nn.Module:
-    """Return the module that is pruned, to which layer names are relative.
-
-    This is the attribute ``prunable_model`` of the LightningModule if it has one, without the
-    wrapper of ``torch.compile``; else the LightningModule itself.
-    """
-    target: nn.Module = getattr(module, "prunable_model", module)
-    original: nn.Module = getattr(target, "_orig_mod", target)
-    return original
 
 
 def model_name(module: LightningModule) -> str:

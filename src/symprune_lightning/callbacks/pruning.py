@@ -21,7 +21,6 @@ from symprune_lightning.callbacks.integration import (
     calibration_loss,
     communicator_of,
     metrics_of,
-    pruning_target,
     refuse_strategies,
     trainer_callbacks,
     transfer_batches,
@@ -32,6 +31,7 @@ from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.prune import RunOptions
 from symprune_lightning.engine.result import PruneResult
+from symprune_lightning.module import pruning_target
 
 PruneStage = Literal["validate", "test", "fit_start", "fit_end"]
 """Before ``validate`` or ``test`` evaluates, before the first or after the last training step."""

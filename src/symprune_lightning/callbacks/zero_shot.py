@@ -12,8 +12,9 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from symprune_lightning.callbacks.integration import pruning_target, tokenizer_of
+from symprune_lightning.callbacks.integration import tokenizer_of
 from symprune_lightning.engine.hooks import PruningHooks
+from symprune_lightning.module import pruning_target
 
 
 class ZeroShot(Callback, PruningHooks):

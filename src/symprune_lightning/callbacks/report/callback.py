@@ -19,7 +19,6 @@ from symprune_lightning.callbacks.integration import (
     calibration_datamodule,
     metrics_of,
     model_name,
-    pruning_target,
     tokenizer_of,
     trainer_callbacks,
 )
@@ -30,6 +29,7 @@ from symprune_lightning.checkpoints.manifest import build_manifest
 from symprune_lightning.engine.files import atomic_file
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.result import PruneResult
+from symprune_lightning.module import pruning_target
 
 PAGE = "report.html"
 SECTIONS = [
