@@ -75,9 +75,76 @@ LANGUAGE: dict[str, Callable[[], tf.PreTrainedModel]] = {
 }
 
 
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+def gpt_oss() -> tf.PreTrainedModel:
+    config = {**DECODER, "intermediate_size": 48}
+    layer_types = ["sliding_attention", "full_attention"]
+    return tf.GptOssForCausalLM(
+        tf.GptOssConfig(
+            **config,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=4,
+            layer_types=layer_types,
+        )
+    )
+
+
+def deepseek_v3() -> tf.PreTrainedModel:
+    config = {k: v for k, v in DECODER.items() if k != "head_dim"} | {"num_key_value_heads": 4}
+    return tf.DeepseekV3ForCausalLM(
+        tf.DeepseekV3Config(
+            **config,
+            **EXPERTS,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+            kv_lora_rank=8,
+            q_lora_rank=16,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        )
+    )
+
+
+def llama4() -> tf.PreTrainedModel:
+    return tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(
+            **{**DECODER, "intermediate_size": 48},
+            intermediate_size_mlp=64,
+            num_local_experts=4,
+            interleave_moe_layer_step=1,
+            attention_chunk_size=8,
+        )
+    )
+
+
+MIXTURES: dict[str, Callable[[], tf.PreTrainedModel]] = {
+    "mixtral": lambda: tf.MixtralForCausalLM(
+        tf.MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(
+        tf.Qwen3MoeConfig(**DECODER, **EXPERTS, num_experts=4)
+    ),
+    "gpt_oss": gpt_oss,
+    "deepseek_v3": deepseek_v3,
+    "llama4": llama4,
+}
+
+
 def build(name: str, seed: int = 0) -> tf.PreTrainedModel:
     torch.manual_seed(seed)
-    return (vit() if name == "vit" else LANGUAGE[name]()).eval()
+    model = (vit() if name == "vit" else (LANGUAGE | MIXTURES)[name]()).eval()
+    if name in MIXTURES:  # some of these initialise experts with zeros, which are pruned already
+        for parameter in model.parameters():
+            if parameter.dim() == 3:
+                nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def batches(

@@ -14,6 +14,7 @@ from .checkpoints.masks import infer_masks as infer_masks
 from .checkpoints.masks import load_masks as load_masks
 from .checkpoints.masks import save_masks as save_masks
 from .checkpoints.streaming import StreamedCheckpoint as StreamedCheckpoint
+from .datamodule import BatchDataModule as BatchDataModule
 from .datamodule import CalibrationDataModule as CalibrationDataModule
 from .engine.distributed.communicator import Communicator as Communicator
 from .engine.hooks import PruningHooks as PruningHooks
@@ -68,6 +69,7 @@ from .functional.update import MaskedCG as MaskedCG
 from .functional.update import OBSUpdate as OBSUpdate
 from .functional.update import WeightUpdate as WeightUpdate
 from .module import CausalLMModule as CausalLMModule
+from .module import TransformersModule as TransformersModule
 from .self_text import SelfText as SelfText
 from .texts import TextSource as TextSource
 from .trainer import Trainer as Trainer

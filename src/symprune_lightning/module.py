@@ -1,36 +1,37 @@
-"""LightningModule for causal language models of transformers."""
+"""LightningModules for models of transformers that generate tokens.
+
+Longer than 300 lines since the documentation of both modules lists all arguments.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from os import PathLike
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torchmetrics import Metric
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
 from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX, load_model
 from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.distributed.sharding import shard_model_
+from symprune_lightning.engine.forward.calibration import logits_of
 from symprune_lightning.engine.layers.select import decoder_blocks, prunable_layers
 from symprune_lightning.functional.distillation import TeacherTokens, distillation_loss
 from symprune_lightning.functional.schedule import warmup_cosine
 
 Batch = Mapping[str, Tensor]
-"""``input_ids`` and optionally ``attention_mask`` and ``labels``, each ``(batch, tokens)``."""
+"""Keyword arguments of the model, such as ``input_ids``, and optionally ``labels``."""
 
 TEACHER_INDICES, TEACHER_LOG_PROBS = "teacher_indices", "teacher_log_probs"
 """Keys of the predictions of a teacher in a batch, each ``(batch, tokens, k)``."""
-
-TARGETS = frozenset({"labels", TEACHER_INDICES, TEACHER_LOG_PROBS})
-"""Keys of a batch that are not inputs of the model."""
 
 MAX_LOGITS = 2**25
 """Maximum number of logits converted to float32 at once (128 MiB)."""
@@ -71,20 +72,32 @@ class TokenPerplexity(Perplexity):
         self.total_log_probs = self.total_log_probs.double() + torch.stack(losses).double().sum()
         self.count = self.count.double() + (target != ignore_index).sum()
 
+    def has_tokens(self) -> bool:
+        """Return whether any rank has counted a token; every rank must call this."""
+        with self.sync_context():
+            return bool(self.count > 0)
 
-class CausalLMModule(LightningModule):
-    """LightningModule that prunes, evaluates and fine-tunes a causal language model.
 
-    Training logs ``train_loss`` (mean negative log-likelihood per token, in nats; with
-    ``Distillation``, the mean divergence from the teacher). Validation logs ``val_loss`` (mean
-    negative log-likelihood per token, in nats) and ``val_perplexity``, testing ``test_loss`` and
-    ``test_perplexity``; all four are exact over all tokens of the evaluation set. With several
-    dataloaders they are over the tokens of all of them, and ``val_perplexity/<name>`` is logged for
-    each.
+class TransformersModule(LightningModule):
+    """LightningModule that prunes, evaluates and fine-tunes any model that generates tokens.
+
+    For encoder-decoder, vision-language and speech models, such as those of
+    ``AutoModelForSeq2SeqLM``, ``AutoModelForImageTextToText`` and ``AutoModelForSpeechSeq2Seq``.
+    Batches are mappings of keyword arguments of the model, as its processor returns them, and
+    optionally ``labels``; ``BatchDataModule`` yields such batches.
+
+    Where batches contain ``labels``, validation logs ``val_loss`` (mean negative log-likelihood per
+    label, in nats) and ``val_perplexity``, testing ``test_loss`` and ``test_perplexity``, as in
+    ``CausalLMModule``; without labels, nothing is logged. Labels have the meaning that the model
+    gives them: those of an encoder-decoder model are aligned with the logits, and the model derives
+    ``decoder_input_ids`` from them; otherwise the logits at a position predict the label of the
+    next one. Labels of ``-100`` are not counted: use them for padding and for the prompt, including
+    image tokens. Training logs ``train_loss`` and requires labels.
 
     Args:
         pretrained: Hub name, local folder, path to a ``.gguf`` file, or a loaded model. Anything
-            but a loaded model is loaded in ``configure_model``.
+            but a loaded model is loaded in ``configure_model``, by the class of transformers that
+            the configuration lists in ``architectures``.
         dtype: ``"auto"`` for the dtype of the checkpoint (float32 for GGUF), or a name such as
             ``"bfloat16"``. Ignored for a loaded model. Default: ``"auto"``.
         learning_rate: Learning rate of AdamW in ``fit``. Default: ``2e-5``.
@@ -96,16 +109,18 @@ class CausalLMModule(LightningModule):
         model: The transformers model; ``None`` until ``configure_model``, which the Trainer calls.
 
     Raises:
-        ValueError: ``lr_schedule`` is unknown.
+        ValueError: ``lr_schedule`` is unknown. With a batch: the model returns no logits, it does
+            not generate tokens but there are labels, or there is not one label per logit.
         FileNotFoundError: In ``configure_model``, if ``pretrained`` is a path that does not exist.
 
     Examples:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
-        ...                      num_hidden_layers=1, num_attention_heads=2)
-        >>> module = CausalLMModule(LlamaForCausalLM(config))
-        >>> module.training_step({"input_ids": torch.tensor([[1, 2, 3]])}, 0).dim()
-        0
+        >>> from transformers import T5Config, T5ForConditionalGeneration
+        >>> config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+        ...                   decoder_start_token_id=0)
+        >>> module = TransformersModule(T5ForConditionalGeneration(config))
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7, 1]]), "labels": torch.tensor([[8, 1]])}
+        >>> module(batch).shape
+        torch.Size([1, 2, 32])
     """
 
     def __init__(
@@ -152,7 +167,7 @@ class CausalLMModule(LightningModule):
             ).train()  # as any module that is new; transformers loads in eval mode
         mesh = self.device_mesh
         if mesh is not None and not any(is_dtensor(p) for p in self.model.parameters()):
-            config = self.model.config
+            config = self.model.config.get_text_config(decoder=True)
             blocks = list(decoder_blocks(self.model, prunable_layers(self.model)))
             heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
             shard_model_(self.model, blocks, mesh, self.model.tp_plan or {}, heads)
@@ -172,9 +187,16 @@ class CausalLMModule(LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits of a batch, shape ``(batch, tokens, vocabulary)``."""
-        # without labels, of which the model would compute a loss that is not used
-        inputs = {name: x for name, x in batch.items() if name not in TARGETS}
-        logits: Tensor = self.prunable_model(**inputs, use_cache=False).logits
+        omitted = {TEACHER_INDICES, TEACHER_LOG_PROBS}
+        if not self._is_encoder_decoder:
+            omitted.add("labels")  # of which the model would compute a loss that is not used
+        inputs: dict[str, Any] = {name: x for name, x in batch.items() if name not in omitted}
+        logits = logits_of(self.prunable_model(**inputs, use_cache=False))
+        if logits is None:
+            raise ValueError(
+                f"{type(self.prunable_model).__name__} returns no logits: pass a model with an "
+                f"output projection, such as one loaded with AutoModelForCausalLM"
+            )
         return logits
 
     def calibration_step(self, batch: Batch) -> Tensor:
@@ -183,18 +205,26 @@ class CausalLMModule(LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean negative log-likelihood per token of a batch.
+        """Return the mean negative log-likelihood per label of a batch.
 
         With the predictions of a teacher in the batch (``Distillation``), return the mean
         divergence from them.
+
+        Raises:
+            ValueError: The batch has no labels.
         """
-        logits = self(batch)
+        targets = self._targets(batch)
+        if targets is None:
+            raise ValueError("training requires labels: add 'labels' to each batch")
+        logits = self._logits_for(batch, targets)
         if TEACHER_INDICES in batch:
             teacher = TeacherTokens(batch[TEACHER_INDICES], batch[TEACHER_LOG_PROBS])
             mask = batch.get("attention_mask")
+            if self._is_encoder_decoder:  # whose attention mask is that of the encoder
+                mask = targets != IGNORE_INDEX
             loss = distillation_loss(logits, teacher, None if mask is None else mask.bool())
         else:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), _targets(batch).flatten())
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         if self._trainer is not None:
             self._log_loss(loss)
         return loss
@@ -205,14 +235,14 @@ class CausalLMModule(LightningModule):
         self.log("train_loss", loss, prog_bar=True)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the perplexity with a batch."""
+        """Update the perplexity with a batch, if it has labels."""
         metric = self._metric(self.val_perplexity, "val_dataloaders", dataloader_idx)
-        metric.update(self(batch), _targets(batch))
+        self._update(metric, batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the perplexity with a batch."""
+        """Update the perplexity with a batch, if it has labels."""
         metric = self._metric(self.test_perplexity, "test_dataloaders", dataloader_idx)
-        metric.update(self(batch), _targets(batch))
+        self._update(metric, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and perplexity over all batches and ranks."""
@@ -236,6 +266,43 @@ class CausalLMModule(LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        return bool(getattr(self.prunable_model.config, "is_encoder_decoder", False))
+
+    def _targets(self, batch: Batch) -> Tensor | None:
+        """Return the token ids that the logits of a batch predict; ``None`` without labels.
+
+        Returns:
+            Token ids, shape ``(batch, tokens)``, aligned with the logits.
+        """
+        labels = batch.get("labels")
+        if labels is None:
+            return None
+        if not self.prunable_model.can_generate():
+            raise ValueError(
+                f"{type(self.prunable_model).__name__} does not generate tokens, so its labels "
+                f"have no perplexity: remove 'labels' from the batches, or write a LightningModule "
+                f"with the metric of this model"
+            )
+        return labels if self._is_encoder_decoder else _next_labels(labels)
+
+    def _logits_for(self, batch: Batch, targets: Tensor) -> Tensor:
+        """Return the logits of a batch, one for each target."""
+        logits: Tensor = self(batch)
+        if logits.shape[:2] != targets.shape:
+            raise ValueError(
+                f"the model returns logits of shape {tuple(logits.shape)} (batch, tokens, "
+                f"vocabulary), but the labels have shape {tuple(targets.shape)}: pass one label "
+                f"per token, -100 for tokens without one"
+            )
+        return logits
+
+    def _update(self, metric: TokenPerplexity, batch: Batch) -> None:
+        targets = self._targets(batch)
+        if targets is not None:
+            metric.update(self._logits_for(batch, targets), targets)
+
     def _metric(
         self, single: TokenPerplexity, loaders_name: str, dataloader_idx: int
     ) -> TokenPerplexity:
@@ -256,17 +323,78 @@ class CausalLMModule(LightningModule):
         by_loader = {f"{stage}_perplexity/{k}": m for k, m in self._loader_metrics.items()}
         metrics = list(by_loader.values())
         # Totals are merged, not perplexities averaged, so that every token has the same weight.
-        # The clone is local to this rank; compute() reduces it over all ranks.
-        overall: Metric = metrics[0].clone() if metrics else single
+        # The copy is local to this rank; compute() reduces it over all ranks.
+        overall = deepcopy(metrics[0]) if metrics else single
         for metric in metrics[1:]:
             overall.merge_state(metric)
-        perplexity = overall.compute()
+        values: dict[str, Tensor] = {}
+        if overall.has_tokens():
+            perplexity = overall.compute()
+            values |= {f"{stage}_loss": perplexity.log(), f"{stage}_perplexity": perplexity}
+        values |= {name: m.compute() for name, m in by_loader.items() if m.has_tokens()}
         self._loader_metrics.clear()
         single.reset()
-        values = {f"{stage}_loss": perplexity.log(), f"{stage}_perplexity": perplexity}
-        values |= {name: metric.compute() for name, metric in by_loader.items()}
         # compute() has already reduced the values; sync_dist only silences Lightning's warning
         self.log_dict(values, prog_bar=True, sync_dist=True)
+
+
+class CausalLMModule(TransformersModule):
+    """LightningModule that prunes, evaluates and fine-tunes a causal language model.
+
+    Training logs ``train_loss`` (mean negative log-likelihood per token, in nats; with
+    ``Distillation``, the mean divergence from the teacher). Validation logs ``val_loss`` (mean
+    negative log-likelihood per token, in nats) and ``val_perplexity``, testing ``test_loss`` and
+    ``test_perplexity``; all four are exact over all tokens of the evaluation set. With several
+    dataloaders they are over the tokens of all of them, and ``val_perplexity/<name>`` is logged for
+    each. Without ``labels`` in a batch, the labels are ``input_ids`` except padding.
+
+    Args:
+        pretrained: Hub name, local folder, path to a ``.gguf`` file, or a loaded model. Anything
+            but a loaded model is loaded in ``configure_model``.
+        dtype: ``"auto"`` for the dtype of the checkpoint (float32 for GGUF), or a name such as
+            ``"bfloat16"``. Ignored for a loaded model. Default: ``"auto"``.
+        learning_rate: Learning rate of AdamW in ``fit``. Default: ``2e-5``.
+        lr_schedule: Schedule of the learning rate: ``"constant"``, or ``"cosine"`` (linear warm-up
+            over 5 % of the steps, then cosine decay to zero). Default: ``"constant"``.
+        trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
+
+    Attributes:
+        model: The transformers model; ``None`` until ``configure_model``, which the Trainer calls.
+
+    Raises:
+        ValueError: ``lr_schedule`` is unknown. In ``configure_model``, if the model is an
+            encoder-decoder model. With a batch, if the model returns no logits.
+        FileNotFoundError: In ``configure_model``, if ``pretrained`` is a path that does not exist.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
+        ...                      num_hidden_layers=1, num_attention_heads=2)
+        >>> module = CausalLMModule(LlamaForCausalLM(config))
+        >>> module.training_step({"input_ids": torch.tensor([[1, 2, 3]])}, 0).dim()
+        0
+    """
+
+    def configure_model(self) -> None:
+        """Load the model and shard it, as ``TransformersModule`` does.
+
+        Raises:
+            ValueError: The model is an encoder-decoder model, or it cannot be sharded.
+        """
+        super().configure_model()
+        if self._is_encoder_decoder:
+            raise ValueError(
+                f"CausalLMModule is for decoder-only models, but {type(self.model).__name__} has "
+                f"an encoder: use TransformersModule, with a BatchDataModule"
+            )
+
+    def _targets(self, batch: Batch) -> Tensor:
+        labels = batch.get("labels")
+        if labels is None:
+            labels = batch["input_ids"]
+            if "attention_mask" in batch:
+                labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
+        return _next_labels(labels)
 
 
 def pruning_target(module: nn.Module) -> nn.Module:
@@ -280,16 +408,11 @@ def pruning_target(module: nn.Module) -> nn.Module:
     return original
 
 
-def _targets(batch: Batch) -> Tensor:
-    """Return the next token of each position, ``IGNORE_INDEX`` for padding and the last one.
+def _next_labels(labels: Tensor) -> Tensor:
+    """Return the label of the next position for each, ``IGNORE_INDEX`` for the last one.
 
-    Returns:
-        Token ids, shape ``(batch, tokens)``, aligned with the logits.
+    Args:
+        labels: Token ids, shape ``(batch, tokens)``.
     """
-    labels = batch.get("labels")
-    if labels is None:
-        labels = batch["input_ids"]
-        if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
-    targets: Tensor = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    return targets
+    shifted: Tensor = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return shifted

@@ -35,7 +35,7 @@ from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import hidden_sibling
 from symprune_lightning.engine.result import PruneResult
-from symprune_lightning.module import CausalLMModule, pruning_target
+from symprune_lightning.module import CausalLMModule, TransformersModule, pruning_target
 
 Callbacks = Callback | Sequence[Callback] | None
 
@@ -189,7 +189,7 @@ class Trainer(pl.Trainer):
 
         Args:
             model: The LightningModule; to write a checkpoint, its ``prunable_model`` must be a
-                transformers model, as that of ``CausalLMModule``.
+                transformers model, as that of ``TransformersModule``.
             dataloaders: Validation batches.
             datamodule: Replaces the dataloaders; its tokenizer is saved along.
             output: Folder for the checkpoint and its manifest; ``None`` writes nothing.
@@ -214,7 +214,7 @@ class Trainer(pl.Trainer):
             distillation.check_data(self, datamodule)
         if output is not None:
             check_destination(output)
-            if not isinstance(model, CausalLMModule):
+            if not isinstance(model, TransformersModule):
                 _transformers_model(model)
         with (
             self._with_callbacks(all_callbacks),
@@ -378,6 +378,7 @@ class Trainer(pl.Trainer):
         return build_manifest(
             result,
             model=model_name(module),
+            architecture=type(pruning_target(module)).__name__,
             settings=callback.settings,
             datamodule=datamodule if isinstance(datamodule, CalibrationDataModule) else None,
             distillation=None if distillation is None else distillation.settings,

@@ -30,7 +30,7 @@ from symprune_lightning import (
 )
 from symprune_lightning.callbacks.recovery import recovery_callbacks, recovery_checkpoint
 from symprune_lightning.callbacks.report.callback import Report
-from symprune_lightning.engine.layers.select import find_layers
+from symprune_lightning.engine.layers.find import find_layers
 from symprune_lightning.errors import JournalError
 from symprune_lightning.module import TEACHER_INDICES, TEACHER_LOG_PROBS
 from tests.callbacks.test_finetuning import data, rows

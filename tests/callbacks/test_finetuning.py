@@ -32,7 +32,7 @@ from symprune_lightning import (
     save_masks,
 )
 from symprune_lightning.engine.distributed.dtensor import local_tensor
-from symprune_lightning.engine.layers.select import find_layers
+from symprune_lightning.engine.layers.find import find_layers
 from tests.groups import run_trainers
 from tests.models import VOCABULARY, batches, build
 

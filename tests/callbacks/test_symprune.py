@@ -16,7 +16,6 @@ from symprune_lightning import (
     SymPrune,
     prune_model,
 )
-from symprune_lightning.engine.layers.select import DEFAULT_IGNORE
 
 
 @pytest.mark.parametrize(
@@ -94,9 +93,9 @@ def test_shared_defaults_agree():
         assert callback[name] == function[name], name
     # None, since a list in the signature would be written into the configuration files of the CLI
     assert callback["ignore"] is None
-    assert function["ignore"] == method.ignore == DEFAULT_IGNORE
+    assert function["ignore"] == method.ignore == ()
     assert SymPrune().method == PruningMethod.resolve(
-        **{name: function[name] for name in settings - {"ignore"}}, ignore=list(DEFAULT_IGNORE)
+        **{name: function[name] for name in settings - {"ignore"}}, ignore=[]
     )
     options = RunOptions()
     for name, value in vars(options).items():

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from symprune_lightning.checkpoints.pretrained import (
     load_model,
     load_tokenizer,
     local_folder,
+    model_class,
     resolve_source,
 )
 from tests.models import build
@@ -84,6 +86,62 @@ def test_custom_code_runs_only_with_trust_remote_code(tmp_path, monkeypatch):
     model = load_model(str(folder), trust_remote_code=True)
     assert marker.exists()
     assert type(model).__name__ == "CustomForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("config", "trusted", "untrusted"),
+    [
+        ({"architectures": ["LlamaModel"]}, "LlamaModel", "LlamaModel"),
+        ({}, "AutoModelForCausalLM", "AutoModelForCausalLM"),
+        ({"architectures": ["Trainer"]}, "AutoModelForCausalLM", "AutoModelForCausalLM"),
+        (
+            # not the class of transformers, whose model type is another one
+            {"architectures": ["LlamaModel"], "model_type": "custom"},
+            "AutoModelForCausalLM",
+            "AutoModelForCausalLM",
+        ),
+        (
+            {
+                "architectures": ["CustomForSpeech"],
+                "auto_map": {
+                    "AutoConfig": "custom.CustomConfig",
+                    "AutoModel": "custom.CustomModel",
+                    "AutoModelForCausalLM": "custom.CustomForCausalLM",
+                    "AutoModelForSpeechSeq2Seq": "org/repository--custom.CustomForSpeech",
+                },
+            },
+            "AutoModelForSpeechSeq2Seq",
+            "AutoModelForCausalLM",
+        ),
+        (
+            {"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "custom.Custom"}},
+            "AutoModel",
+            "LlamaForCausalLM",
+        ),
+    ],
+)
+def test_class_of_a_checkpoint(config, trusted, untrusted, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    assert model_class(str(tmp_path), trust_remote_code=True).__name__ == trusted
+    assert model_class(str(tmp_path)).__name__ == untrusted
+
+
+@pytest.mark.parametrize("name", ["vit", "opt"])
+def test_a_model_is_loaded_by_its_own_class(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert type(loaded) is type(model)
+    assert all(torch.equal(model.state_dict()[n], x) for n, x in loaded.state_dict().items())
+
+
+def test_an_adapter_is_loaded_with_its_base_model(tmp_path):
+    build("llama").save_pretrained(tmp_path / "base")
+    base = load_model(str(tmp_path / "base"))
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2))
+    adapted.save_pretrained(tmp_path / "adapter")
+    names = dict(load_model(str(tmp_path / "adapter")).named_parameters())
+    assert any("lora_A" in name for name in names)
 
 
 def test_resolve_source(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from symprune_lightning import (
@@ -25,7 +26,7 @@ from symprune_lightning.checkpoints.manifest import MANIFEST, build_manifest
 from symprune_lightning.cli.verify import print_checks, verify
 from symprune_lightning.errors import VerificationError
 from tests.cli.commands import small
-from tests.models import LANGUAGE, batches, build
+from tests.models import LANGUAGE, VOCABULARY, batches, build
 from tests.texts import texts, tokenizer
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -265,6 +266,61 @@ def test_exported_models_pass(name, tmp_path):
     checks = outcomes(tmp_path / "out")
     assert checks.pop("perplexity") is None
     assert all(checks.values()), checks
+
+
+def bert() -> tf.BertConfig:
+    return tf.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+
+
+def t5() -> tf.PreTrainedModel:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = tf.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
+    return tf.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "tied"),
+    [
+        (lambda: build("vit"), "none in this model"),
+        (lambda: tf.BertModel(bert()), "none in this model"),
+        (lambda: tf.BertForSequenceClassification(bert()), "none in this model"),
+        (lambda: tf.BertForMaskedLM(bert()), "cls.predictions.decoder.weight"),
+        (t5, "decoder.embed_tokens.weight, encoder.embed_tokens.weight, lm_head.weight"),
+    ],
+    ids=["image-classification", "encoder", "text-classification", "masked-lm", "seq2seq"],
+)
+def test_models_that_are_not_causal_pass(make, tied, tmp_path):
+    model = make().eval()
+    inputs = batches("vit" if model.main_input_name == "pixel_values" else "llama")
+    metrics = {}
+    if isinstance(model, tf.T5ForConditionalGeneration):
+        inputs = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in inputs]
+        metrics = {"val_perplexity": 5.0}
+    prune_model(model, inputs)
+    export_model(model, tmp_path / "out", metrics=metrics)
+    checks = {check.name: check for check in verify(str(tmp_path / "out"))}
+    reason = "it is not that of a causal" if metrics else "no perplexity is recorded"
+    assert checks.pop("perplexity").message.startswith(f"not checked: {reason}")
+    assert all(check.passed for check in checks.values()), checks
+    assert tied in checks["tied weights"].message
+
+
+def test_a_tied_weight_with_its_own_values(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    checks = {check.name: check for check in verify(str(folder))}
+    message = "lm_head.weight is no longer tied to model.embed_tokens.weight"
+    assert checks["tied weights"].message == message
+    assert checks["tied weights"].passed is False
 
 
 def test_streamed_checkpoints_pass(tmp_path):

@@ -30,7 +30,7 @@ from symprune_lightning import (
     save_masks,
 )
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
-from symprune_lightning.engine.layers.select import find_layers
+from symprune_lightning.engine.layers.find import find_layers
 from symprune_lightning.engine.prune import prune_model
 from symprune_lightning.functional.allocation import AllocationMethod
 from symprune_lightning.functional.registry import leaves

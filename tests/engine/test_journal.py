@@ -28,7 +28,7 @@ from symprune_lightning import (
 )
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.hooks import PruningHooks
-from symprune_lightning.engine.layers.select import find_layers
+from symprune_lightning.engine.layers.find import find_layers
 from symprune_lightning.errors import JournalError, PruningError
 from tests.groups import run_group
 from tests.models import LANGUAGE, batches, build, llama

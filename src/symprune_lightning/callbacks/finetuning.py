@@ -20,6 +20,7 @@ from symprune_lightning.callbacks.schedule import CubicSchedule
 from symprune_lightning.checkpoints.masks import infer_masks, load_masks, match_layers
 from symprune_lightning.engine.distributed.dtensor import local_tensor
 from symprune_lightning.engine.hooks import PruningHooks
+from symprune_lightning.engine.layers.changes import zero_masks
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.functional.packing import PackedMasks, pack
 from symprune_lightning.module import pruning_target
@@ -206,10 +207,11 @@ class MaskedFinetuning(Callback, PruningHooks):
     @torch.no_grad()
     def _apply_masks(self, trainer: Trainer, module: LightningModule) -> None:
         """Zero the pruned weights, and the optimizer state of each."""
-        self._zero_masks = []
-        for layer in match_layers(pruning_target(module), self.masks):
-            mask = self.masks[layer.name].to(layer.parameter.device)
-            self._zero_masks.append((layer.parameter, layer.zero_mask(mask)))
+        layers = match_layers(pruning_target(module), self.masks)
+        self._zero_masks = [
+            (owner.get_parameter(name), pruned)
+            for (owner, name), pruned in zero_masks(layers, self.masks).items()
+        ]
         self._zero_weights()
         for optimizer in trainer.optimizers:
             for parameter, pruned in self._zero_masks:

@@ -22,7 +22,7 @@ from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
 from symprune_lightning.engine.forward.calibration import Forward, call_model
 from symprune_lightning.engine.sensitivity import Loss
-from symprune_lightning.module import CausalLMModule, pruning_target
+from symprune_lightning.module import TransformersModule, pruning_target
 
 
 def trainer_callbacks(trainer: Trainer) -> list[Callback]:
@@ -33,7 +33,7 @@ def trainer_callbacks(trainer: Trainer) -> list[Callback]:
 
 def model_name(module: LightningModule) -> str:
     """Return the name or path of the dense model; empty if it has none."""
-    if isinstance(module, CausalLMModule):
+    if isinstance(module, TransformersModule):
         return module.pretrained
     target = pruning_target(module)
     return str(target.config.name_or_path) if isinstance(target, PreTrainedModel) else ""

@@ -172,11 +172,12 @@ def summary(
         layers.add_column(heading, justify="left" if heading == "layer type" else "right")
     by_type: defaultdict[str, list[LayerReport]] = defaultdict(list)
     for report in result.layers:
-        by_type[report.name.rsplit(".", 1)[-1]].append(report)
+        by_type[_layer_type(report.name)].append(report)
     for layer_type, reports in by_type.items():
         layers.add_row(layer_type, *_cells(reports))
     layers.add_section()
     layers.add_row("all", *_cells(result.layers))
+    layers.caption = _describe_coverage(result)
     if not sparse:
         return [layers]
     metrics = Table(title="Evaluation")
@@ -208,6 +209,19 @@ def _throughput(report: LayerReport, fraction: float, start: float) -> str:
     """Format calibration tokens per second through the full model, from the finished fraction."""
     seconds = max(time.monotonic() - start, 1e-9)
     return f"{report.tokens * fraction / seconds:,.0f} tokens/s  " if report.tokens else ""
+
+
+def _layer_type(name: str) -> str:
+    """Return the last component of a name that is not the number of an expert or a group."""
+    parts = [part for part in name.split(".") if not part.isdecimal()]
+    return parts[-1] if parts else name
+
+
+def _describe_coverage(result: PruneResult) -> str:
+    """Describe which weights of the decoder blocks the pruned layers hold."""
+    text = f"{result.coverage:.1%} of the weights of the blocks are in pruned layers"
+    largest = ", ".join(f"{w.name} ({w.reason})" for w in result.left_dense[:2])
+    return f"{text}; dense: {largest}" if result.coverage < 0.95 and largest else text
 
 
 def _cells(reports: Sequence[LayerReport]) -> list[str]:

@@ -10,8 +10,7 @@ from torch import nn
 
 from symprune_lightning.callbacks.pruning import PruningCallback, When
 from symprune_lightning.callbacks.schedule import CubicSchedule
-from symprune_lightning.engine.layers.select import DEFAULT_IGNORE
-from symprune_lightning.engine.method import PruningMethod
+from symprune_lightning.engine.method import Experts, PruningMethod, Unreached
 from symprune_lightning.engine.prune import RunOptions, prune_with
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.functional.allocation import AllocationMethod
@@ -50,8 +49,14 @@ class SymPrune(PruningCallback):
             sequential).
         gradient_batches: Number of batches for sensitivities (``GradientWanda``, ``Sensitivity``),
             which take a forward and a backward pass of the dense model; ``None`` for all.
-        ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``. ``None``
-            ignores the output projection ``lm_head``; a list replaces that default.
+        experts: Tokens that the experts of a mixture of experts are measured on: ``"routed"`` for
+            those that the router sends to each, ``"all"`` for all tokens of its block (each expert
+            is called with all of them once more; the routed ones give the output).
+        unreached: Layers that no calibration token reached are left ``"dense"``, or pruned by
+            ``"magnitude"``. Both are named in the result.
+        ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``. Routers,
+            output projections and adapters are left dense in any case, unless ``only`` has their
+            exact names.
         only: Layers to prune, in the same form; ``None`` for all.
         when: See [`PruningCallback`][symprune_lightning.PruningCallback].
         calibration: See `PruningCallback`.
@@ -87,6 +92,8 @@ class SymPrune(PruningCallback):
         reconstruct: BlockReconstruction | bool | None = None,
         calibration_order: CalibrationOrder = "layer",
         gradient_batches: int | None = None,
+        experts: Experts = "routed",
+        unreached: Unreached = "dense",
         ignore: list[str] | None = None,
         only: list[str] | None = None,
         when: When = "validate",
@@ -111,7 +118,9 @@ class SymPrune(PruningCallback):
             reconstruct=reconstruct,
             calibration_order=calibration_order,
             gradient_batches=gradient_batches,
-            ignore=list(DEFAULT_IGNORE) if ignore is None else ignore,
+            experts=experts,
+            unreached=unreached,
+            ignore=ignore or [],
             only=only,
         )
 

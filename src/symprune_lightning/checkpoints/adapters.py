@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from symprune_lightning.engine.layers.select import all_layers
+from symprune_lightning.engine.layers.find import all_layers
 
 
 @torch.no_grad()

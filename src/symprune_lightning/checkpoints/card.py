@@ -8,8 +8,20 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from transformers.models.auto import modeling_auto as auto
 
 from symprune_lightning.checkpoints.pretrained import local_folder, resolve_source
+
+PIPELINES = (
+    (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "text-generation"),
+    (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "image-text-to-text"),
+    (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, "automatic-speech-recognition"),
+    (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "text2text-generation"),
+    (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "image-classification"),
+    (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "text-classification"),
+    (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "fill-mask"),
+)
+"""Classes of transformers, by model type, and the pipeline that the Hub shows for them."""
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
@@ -28,10 +40,18 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         base_model=_hub_name(model),
         license=_license(model),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_pipeline_tag(str(manifest.get("architecture", ""))),
         tags=["pruned", "sparse", "symprune-lightning"],
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_lines(Path(model).name, manifest)) + "\n"
+
+
+def _pipeline_tag(architecture: str) -> str | None:
+    """Return the pipeline of the Hub for a class of transformers; ``None`` if it has none."""
+    for names, tag in PIPELINES:
+        if architecture in names.values():
+            return tag
+    return None
 
 
 def _hub_name(model: str) -> str | None:
@@ -66,6 +86,7 @@ def _lines(name: str, manifest: Mapping[str, Any]) -> Iterator[str]:
         f"faster. Created with symprune-lightning: `sparsity_manifest.json` records all settings "
         f"and metrics, and `symprune/` contains the masks."
     )
+    yield from _coverage(manifest.get("coverage") or {})
     settings = {k: v for k, v in manifest.get("settings", {}).items() if v not in (None, [], {})}
     yield from _table("Method", ("setting", "value"), settings.items())
     distillation = manifest.get("distillation") or {}
@@ -74,6 +95,19 @@ def _lines(name: str, manifest: Mapping[str, Any]) -> Iterator[str]:
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
     rows = [(n, f"{dense[n]:.4f}" if n in dense else "", f"{v:.4f}") for n, v in pruned.items()]
     yield from _table("Metrics", ("metric", "dense", "pruned"), rows)
+
+
+def _coverage(coverage: Mapping[str, Any]) -> Iterator[str]:
+    """Lines that say which weights of the decoder blocks are not pruned."""
+    if not coverage:
+        return
+    yield ""
+    yield (
+        f"The pruned layers have {100 * coverage['fraction']:.1f} % of the weights of the decoder "
+        f"blocks."
+    )
+    left = [(w["name"], w["num_weights"], w["reason"]) for w in coverage["left_dense"][:10]]
+    yield from _table("Left dense", ("weight", "entries", "reason"), left)
 
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:

@@ -11,11 +11,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.checkpoints.manifest import MANIFEST, build_manifest, write_manifest
 from symprune_lightning.checkpoints.masks import FILE, FOLDER, infer_masks, save_masks
-from symprune_lightning.checkpoints.pretrained import local_folder
+from symprune_lightning.checkpoints.pretrained import Processor, local_folder
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import atomic_directory
@@ -64,7 +63,7 @@ def check_destination(output: str | Path) -> Path:
 def save_checkpoint(
     output: str | Path,
     model: PreTrainedModel,
-    tokenizer: Tokenizer | None,
+    tokenizer: Processor | None,
     manifest: Mapping[str, Any],
     masks: Mapping[str, Tensor],
     state: Mapping[str, Tensor] | None = None,
@@ -78,7 +77,7 @@ def save_checkpoint(
     Args:
         output: The folder.
         model: The pruned model.
-        tokenizer: Saved along, if given.
+        tokenizer: Tokenizer or processor, saved along, if given.
         manifest: Contents of ``sparsity_manifest.json``, see ``build_manifest``.
         masks: Layer name to bool mask ``(out_features, in_features)``, True = kept.
         state: The full weights, if the model is sharded.
@@ -112,7 +111,7 @@ def save_checkpoint(
 def export_model(
     model: PreTrainedModel,
     output: str | Path,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Processor | None = None,
     *,
     settings: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
@@ -125,7 +124,7 @@ def export_model(
     Args:
         model: The model, sharded or not.
         output: The folder, see ``save_checkpoint``.
-        tokenizer: Saved along, if given.
+        tokenizer: Tokenizer or processor, saved along, if given.
         settings: How the model was made, as JSON values, for manifest and model card.
         metrics: Metrics of the model.
 
@@ -154,6 +153,7 @@ def export_model(
     manifest = build_manifest(
         _result_of(masks),
         model=str(model.config.name_or_path),
+        architecture=type(model).__name__,
         settings=settings or {},
         pruned=metrics,
     )

@@ -24,6 +24,7 @@ def build_manifest(
     result: PruneResult,
     *,
     model: str,
+    architecture: str = "",
     settings: Mapping[str, Any],
     datamodule: CalibrationDataModule | None = None,
     distillation: Mapping[str, Any] | None = None,
@@ -35,6 +36,7 @@ def build_manifest(
     Args:
         result: Masks and reports.
         model: Name or path of the dense model.
+        architecture: Name of the model's class.
         settings: The method.
         datamodule: Source and hashes of the tokens.
         distillation: How the pruned model was trained, if it was.
@@ -44,6 +46,7 @@ def build_manifest(
     return {
         "format_version": FORMAT_VERSION,
         "model": model,
+        "architecture": architecture,
         "settings": dict(settings),
         "data": None if datamodule is None else datamodule.settings,
         "distillation": None if distillation is None else dict(distillation),
@@ -52,7 +55,12 @@ def build_manifest(
         "layers": [asdict(report) for report in result.layers],
         "blocks": [asdict(report) for report in result.blocks],
         "trials": [{"allocation": repr(t.allocation), "error": t.error} for t in result.trials],
+        "coverage": {
+            "fraction": result.coverage,
+            "left_dense": [asdict(weight) for weight in result.left_dense],
+        },
         "unreached_layers": list(result.unreached),
+        "layers_pruned_by_magnitude": list(result.pruned_by_magnitude),
         "versions": _versions(),
     }
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from symprune_lightning.engine.files import atomic_file
 from symprune_lightning.engine.layers.base import Layer
-from symprune_lightning.engine.layers.select import find_layers, prunable_layers
+from symprune_lightning.engine.layers.find import find_layers
+from symprune_lightning.engine.layers.select import prunable_layers
 from symprune_lightning.functional.packing import PackedMasks
 
 FOLDER = "symprune"

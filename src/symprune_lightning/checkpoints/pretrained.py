@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 IGNORE_INDEX = -100
 """Label of positions that are excluded from the loss, as in transformers."""
 
+Processor = Tokenizer | ProcessorMixin | FeatureExtractionMixin | ImageProcessingMixin
+"""Converts text, images or audio to inputs of a model; saved next to the model."""
+
 
 def load_model(
     pretrained: str, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal language model, in eval mode.
+    """Load a model by the class that its configuration names, in eval mode.
 
-    The weights of a GGUF file are dequantized to ``dtype`` (float32 for ``"auto"``), and the
+    The class is that of ``model_class``; for a GGUF file, it is ``AutoModelForCausalLM``. The
+    weights of a GGUF file are dequantized to ``dtype`` (float32 for ``"auto"``), and the
     quantization settings are removed from the model's configuration, so that it can be saved as
     plain safetensors. Other checkpoints have to be in safetensors.
 
@@ -36,12 +51,13 @@ def load_model(
     torch_dtype = _resolve_dtype(dtype, pretrained)
     if not _is_gguf(pretrained):
         # no pickled weights: unpickling can execute code
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: PreTrainedModel = model_class(pretrained, trust_remote_code).from_pretrained(
             **_source_arguments(pretrained),
             dtype=torch_dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
+        return loaded
     model = AutoModelForCausalLM.from_pretrained(
         **_source_arguments(pretrained), dtype=torch_dtype, trust_remote_code=trust_remote_code
     )
@@ -51,6 +67,55 @@ def load_model(
     for attribute in ("hf_quantizer", "is_quantized"):
         vars(model).pop(attribute, None)
     return model
+
+
+def model_class(pretrained: str, trust_remote_code: bool = False) -> Any:
+    """Return the class whose ``from_pretrained`` loads a checkpoint.
+
+    This is the class of transformers that the configuration lists in ``architectures``. With
+    ``trust_remote_code`` and an ``auto_map``, it is the auto class that ``auto_map`` assigns to the
+    custom model. ``AutoModelForCausalLM`` is returned if there is no such class.
+
+    Args:
+        pretrained: Hub name or local folder.
+        trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
+
+    Raises:
+        FileNotFoundError: ``pretrained`` is a path that does not exist.
+
+    Examples:
+        >>> import tempfile
+        >>> from transformers import ViTConfig
+        >>> folder = tempfile.mkdtemp()
+        >>> ViTConfig(architectures=["ViTForImageClassification"]).save_pretrained(folder)
+        >>> model_class(folder).__name__
+        'ViTForImageClassification'
+    """
+    source = str(resolve_source(pretrained))
+    try:
+        # the file itself: AutoConfig would run custom code, or raise for an unknown model type
+        config, _ = PreTrainedConfig.get_config_dict(source)
+    except OSError:  # no config.json: an adapter, whose base model AutoModel finds
+        return AutoModelForCausalLM
+    architectures = config.get("architectures") or []
+    if trust_remote_code and (auto_class := _auto_class(config, architectures)) is not None:
+        return auto_class
+    # a custom model may bear the name of a class of transformers, but has its own model type
+    for name in architectures if config.get("model_type") in CONFIG_MAPPING else ():
+        candidate = getattr(transformers, name, None)
+        if isinstance(candidate, type) and issubclass(candidate, PreTrainedModel):
+            return candidate
+    return AutoModelForCausalLM
+
+
+def _auto_class(config: dict[str, Any], architectures: list[str]) -> Any:
+    """Return the auto class that loads the custom model of a checkpoint; ``None`` without one."""
+    auto_map: dict[str, str] = config.get("auto_map") or {}
+    names = [name for name in auto_map if name.startswith("AutoModel")]
+    # ordered by preference; the sort is stable
+    names.sort(key=lambda name: name != AutoModelForCausalLM.__name__)
+    names.sort(key=lambda name: auto_map[name].rpartition(".")[2] not in architectures)
+    return getattr(transformers, names[0], None) if names else None
 
 
 def load_tokenizer(pretrained: str, *, trust_remote_code: bool = False) -> Tokenizer:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from symprune_lightning.checkpoints.conversion import CheckpointConversion
 from symprune_lightning.checkpoints.export import check_destination
 from symprune_lightning.checkpoints.manifest import write_manifest
 from symprune_lightning.checkpoints.masks import FOLDER, save_masks
@@ -29,7 +30,8 @@ from symprune_lightning.checkpoints.weight_files import (
 )
 from symprune_lightning.engine.files import atomic_directory
 from symprune_lightning.engine.layers.base import Layer
-from symprune_lightning.engine.layers.select import all_layers, decoder_blocks
+from symprune_lightning.engine.layers.find import all_layers
+from symprune_lightning.engine.layers.select import decoder_blocks
 from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.functional.packing import PackedMasks
 
@@ -107,6 +109,7 @@ class StreamedCheckpoint(WeightPlacement):
         self._layers_of: dict[nn.Module, list[Layer]] = {}
         self._skipped_head: nn.Module | None = None
         self._written: dict[str, str] = {}
+        self._conversion = CheckpointConversion(model, self._source, self._files)
         self._check_names()
 
     def __enter__(self) -> Self:
@@ -179,7 +182,7 @@ class StreamedCheckpoint(WeightPlacement):
         # one at a time: embeddings are the largest tensors of a model
         for name in [name for name in self._files if name not in self._written]:
             number += 1
-            self._write(number, dict(read_tensors(self._source, self._files, [name])))
+            self._write_tensors(number, dict(read_tensors(self._source, self._files, [name])))
 
     def save(self, manifest: Mapping[str, Any]) -> None:
         """Write index, configuration and manifest; the folder is then complete.
@@ -205,8 +208,8 @@ class StreamedCheckpoint(WeightPlacement):
         prefix = f"{name}." if name else ""
         own = [key for key, _ in module.named_parameters(recurse=recurse, remove_duplicate=False)]
         own += [key for key, _ in module.named_buffers(recurse=recurse)]
-        wanted = {prefix + key: key for key in own if prefix + key in self._files}
-        for full, tensor in read_tensors(self._source, self._files, wanted):
+        wanted = {prefix + key: key for key in own if prefix + key in self._conversion}
+        for full, tensor in self._conversion.read(wanted):
             path, _, key = wanted[full].rpartition(".")
             owner = module.get_submodule(path)
             # a copy: a view would keep the file mapped into memory
@@ -218,10 +221,15 @@ class StreamedCheckpoint(WeightPlacement):
 
     def _write(self, number: int, state: Mapping[str, Tensor]) -> None:
         """Write a file of the output."""
-        tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if n in self._files}
+        converted = self._conversion.revert({n: t.detach().cpu() for n, t in state.items()})
+        tensors = {name: tensor.contiguous() for name, tensor in converted.items()}
+        self._write_tensors(number, tensors)
+
+    def _write_tensors(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a file of tensors by their names in the source."""
         if tensors:
             file = f"model-{number:05}.safetensors"
-            save_file(tensors, self._folder / file, metadata={"format": "pt"})
+            save_file(dict(tensors), self._folder / file, metadata={"format": "pt"})
             self._written |= dict.fromkeys(tensors, file)
 
     def _write_masks(self, number: int, modules: Iterable[nn.Module]) -> None:
@@ -239,11 +247,11 @@ class StreamedCheckpoint(WeightPlacement):
         for block in self.blocks:
             for key, _ in block.named_parameters():
                 name = f"{self._names[block]}.{key}"
-                if name not in self._files:
+                if name not in self._conversion:
                     raise ValueError(
-                        f"{self._source} has no tensor {name}: its files do not use the parameter "
-                        f"names of {type(self.model).__name__}; load the full model instead of "
-                        f"streaming it"
+                        f"{self._source} has no tensor for {name} of {type(self.model).__name__}, "
+                        f"neither of this name nor one that transformers converts to it: load the "
+                        f"full model instead of streaming it"
                     )
 
 

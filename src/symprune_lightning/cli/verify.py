@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from symprune_lightning.checkpoints.manifest import MANIFEST, read_manifest
 from symprune_lightning.checkpoints.masks import load_masks, match_layers
+from symprune_lightning.checkpoints.pretrained import model_class
 from symprune_lightning.checkpoints.weight_files import INDEX
 from symprune_lightning.datamodule import EVALUATION, CalibrationDataModule
 from symprune_lightning.errors import VerificationError
@@ -48,8 +49,9 @@ def verify(folder: str, perplexity: bool = True, trust_remote_code: bool = False
     """Verify a pruned checkpoint against its manifest.
 
     Checks the files (complete, plain safetensors), the weights (zero where the masks prune, as
-    sparse as the manifest states) and the model (loads in transformers without missing or
-    unexpected keys, weights are tied, perplexity as recorded if its data is available).
+    sparse as the manifest states) and the model (loads in transformers, by the class that its
+    configuration names, without missing or unexpected keys; weights are tied; perplexity as
+    recorded, if its data is available).
 
     Args:
         folder: A checkpoint written by symprune-lightning.
@@ -178,9 +180,8 @@ def _load_masks(folder: Path) -> PackedMasks:
 
 def _load(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "local_files_only": True}
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, info = from_pretrained(
+        model, info = model_class(str(folder), trust_remote_code).from_pretrained(
             folder, trust_remote_code=trust_remote_code, output_loading_info=True, **options
         )
     except Exception as error:
@@ -193,18 +194,21 @@ def _load(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def _check_tied(model: PreTrainedModel) -> str:
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not model.config.get_text_config().tie_word_embeddings or head is None:
-        return "none in this model"
-    if head.weight is not model.get_input_embeddings().weight:
-        raise VerificationError("the output projection is no longer tied to the embeddings")
-    return "the output projection shares the embeddings' weight"
+    """Check that the weights share storage that class and configuration of the model tie."""
+    # computed again: transformers removes from `all_tied_weights_keys` what it could not tie
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for name, source in tied.items():
+        if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(source):
+            raise VerificationError(f"{name} is no longer tied to {source}")
+    return ", ".join(sorted(tied)) or "none in this model"
 
 
 def _check_perplexity(folder: Path, model: PreTrainedModel, manifest: dict[str, Any]) -> str:
     recorded = manifest.get("metrics", {}).get("pruned", {}).get("val_perplexity")
     if recorded is None:
         raise _UnavailableError("no perplexity is recorded")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise _UnavailableError("it is not that of a causal language model")
     data = _recorded_data(folder, manifest.get("data"))
     trainer = Trainer(
         logger=False,
@@ -245,7 +249,7 @@ def _recorded_source(source: Any) -> Any:
     if not isinstance(source, dict):
         return source
     if "iterable" in source:
-        raise _UnavailableError("it was evaluated on in-memory texts that are not stored")
+        raise _UnavailableError("it was evaluated on data in memory, which is not stored")
     if "sets" in source:
         return {name: _recorded_source(texts) for name, texts in source["sets"].items()}
     if SELF in source:

@@ -145,7 +145,8 @@ class AllocationResolver:
             Plan and trial of each candidate, best first.
         """
         layers, communicator = self.plan.layers, self.calibration.communicator
-        dense_weights = [layer.parameter.detach().clone() for layer in layers]
+        parameters = {id(layer.parameter): layer.parameter for layer in layers}
+        dense_weights = {key: p.detach().clone() for key, p in parameters.items()}
         dense_states = list(self._last_hidden_states())
         results = []
         for allocation in candidates:
@@ -156,8 +157,8 @@ class AllocationResolver:
                 for x, y in zip(self._last_hidden_states(), dense_states, strict=True):
                     sums += torch.stack([(x - y).square().sum(), y.square().sum()]).double().cpu()
             finally:
-                for layer, weight in zip(layers, dense_weights, strict=True):
-                    layer.parameter.copy_(weight)
+                for key, weight in dense_weights.items():
+                    parameters[key].copy_(weight)
             change, norm = communicator.all_reduce_sum(sums).tolist()
             results.append((plan, Trial(allocation, change / max(norm, 1e-30))))
         return sorted(results, key=lambda result: result[1].error)
@@ -182,7 +183,7 @@ class AllocationResolver:
         layers = self.plan.layers
         excluded = excluded_layers(self.calibration.model, layers)
         with ExitStack() as stack:
-            stack.enter_context(watch_layers(excluded, lambda _, x: inputs.append(x)))
+            stack.enter_context(watch_layers(excluded, lambda _, x, *__: inputs.append(x)))
             stack.enter_context(watch_layers(layers, lambda *_: inputs.clear()))
             yield inputs
 

@@ -35,6 +35,8 @@ def run_fingerprint(plan: PruningPlan, calibration: Calibration) -> dict[str, An
         "sparsity": _repr(method.sparsity),
         "allocation": _repr(method.allocation),
         "gradient_batches": method.gradient_batches,
+        "experts": method.experts,
+        "unreached": method.unreached,
         "layers": {
             layer.name: {
                 "shape": list(layer.shape),

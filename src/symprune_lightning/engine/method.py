@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
-from symprune_lightning.engine.layers.select import DEFAULT_IGNORE
 from symprune_lightning.errors import PruningWarning
 from symprune_lightning.functional.allocation import Allocation, AllocationMethod, Search
 from symprune_lightning.functional.patterns import (
@@ -34,6 +33,12 @@ Refiners = MaskRefiner | str | Sequence[MaskRefiner | str]
 Refine = Refiners | Mapping[str, Refiners] | None
 """Refiners for all layers, or by layer name."""
 
+Experts = Literal["routed", "all"]
+"""Which tokens the experts of a mixture are measured on: those routed to each, or all."""
+
+Unreached = Literal["dense", "magnitude"]
+"""What becomes of layers that no calibration token reached: left dense, or pruned by magnitude."""
+
 
 @dataclass(frozen=True)
 class PruningMethod:
@@ -53,6 +58,8 @@ class PruningMethod:
         reconstruct: Trains the kept weights of each block after it is pruned.
         calibration_order: Which layers are already pruned when the inputs of a layer are measured.
         gradient_batches: Number of batches for sensitivities; ``None`` for all.
+        experts: Which tokens the experts of a mixture are measured on.
+        unreached: What becomes of layers that no token reached.
         ignore: Layers to leave dense.
         only: Layers to prune; ``None`` for all.
 
@@ -75,7 +82,9 @@ class PruningMethod:
     reconstruct: BlockReconstruction | None = None
     calibration_order: CalibrationOrder = "layer"
     gradient_batches: int | None = None
-    ignore: Sequence[str] = DEFAULT_IGNORE
+    experts: Experts = "routed"
+    unreached: Unreached = "dense"
+    ignore: Sequence[str] = ()
     only: Sequence[str] | None = None
 
     @classmethod
@@ -118,11 +127,7 @@ class PruningMethod:
         )
 
     def __post_init__(self) -> None:
-        if self.calibration_order not in get_args(CalibrationOrder):
-            raise ValueError(
-                f"calibration_order is {self.calibration_order!r}; choose one of "
-                f"{', '.join(get_args(CalibrationOrder))}"
-            )
+        self._check_choices()
         if self.gradient_batches is not None and self.gradient_batches < 1:
             raise ValueError(f"gradient_batches is {self.gradient_batches}; it must be at least 1")
         by_layer = isinstance(self.sparsity, Mapping)
@@ -181,6 +186,18 @@ class PruningMethod:
             levels = {name: level * fraction for name, level in self.sparsity.items()}
             return replace(self, sparsity=levels)
         return replace(self, sparsity=self.sparsity * fraction)
+
+    def _check_choices(self) -> None:
+        choices = {
+            "calibration_order": CalibrationOrder,
+            "experts": Experts,
+            "unreached": Unreached,
+        }
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}"
+                )
 
     def _check_group(self) -> None:
         orders: dict[str, tuple[CalibrationOrder, ...]]

@@ -14,6 +14,7 @@ from symprune_lightning.engine.layers.select import decoder_blocks, expand_by_la
 from symprune_lightning.engine.method import PruningMethod
 from symprune_lightning.functional.patterns import NM, Pattern, Unstructured
 from symprune_lightning.functional.refiners.base import MaskRefiner
+from symprune_lightning.functional.scores import Magnitude
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class PruningPlan:
                 )
             patterns[name] = replace(pattern, sparsity=sparsities[name])
         return replace(self, patterns=patterns)
+
+    def by_magnitude(self) -> PruningPlan:
+        """Return the plan with scores by magnitude, for layers without statistics."""
+        method = replace(self.method, score=Magnitude(), refine={}, update=None, solver=None)
+        return replace(self, method=method, refiners={})
 
     def for_trial(self) -> PruningPlan:
         """Return the plan with scores only, for the trials of a search."""

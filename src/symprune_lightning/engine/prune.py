@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from symprune_lightning.engine.allocate import AllocationResolver
+from symprune_lightning.engine.coverage import record_coverage
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
 from symprune_lightning.engine.distributed.sharding import (
     has_nested_fsdp,
@@ -27,12 +28,8 @@ from symprune_lightning.engine.forward.calibration import Calibration, Forward, 
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer
-from symprune_lightning.engine.layers.select import (
-    DEFAULT_IGNORE,
-    decoder_blocks,
-    prunable_layers,
-)
-from symprune_lightning.engine.method import PruningMethod, Refine, Sparsity
+from symprune_lightning.engine.layers.select import decoder_blocks, prunable_layers
+from symprune_lightning.engine.method import Experts, PruningMethod, Refine, Sparsity, Unreached
 from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.plan import PruningPlan
 from symprune_lightning.engine.result import PruneResult, Trial
@@ -85,7 +82,9 @@ def prune_model(
     reconstruct: BlockReconstruction | bool | None = None,
     calibration_order: CalibrationOrder = "layer",
     gradient_batches: int | None = None,
-    ignore: Sequence[str] = DEFAULT_IGNORE,
+    experts: Experts = "routed",
+    unreached: Unreached = "dense",
+    ignore: Sequence[str] = (),
     only: Sequence[str] | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
@@ -127,8 +126,14 @@ def prune_model(
             see [`CalibrationOrder`][symprune_lightning.functional.statistics.CalibrationOrder].
         gradient_batches: Number of batches for sensitivities (``GradientWanda``, ``Sensitivity``),
             which take a forward and a backward pass of the dense model; ``None`` for all.
-        ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``.
-            Replaces the default, which ignores the output projection ``lm_head``.
+        experts: Tokens that the experts of a mixture of experts are measured on: ``"routed"`` for
+            those that the router sends to each, ``"all"`` for all tokens of its block (each expert
+            is called with all of them once more; the routed ones give the output).
+        unreached: Layers that no calibration token reached are left ``"dense"``, or pruned by
+            ``"magnitude"``. Both are named in the result.
+        ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``. Routers,
+            output projections and adapters are left dense in any case, unless ``only`` has their
+            exact names.
         only: Layers to prune, in the same form; ``None`` for all.
         forward: Called as ``forward(model, batch)`` in place of the rule for ``batches``.
         loss: Called as ``loss(model, batch)`` for sensitivities; must return the summed loss. By
@@ -180,6 +185,8 @@ def prune_model(
         reconstruct=reconstruct,
         calibration_order=calibration_order,
         gradient_batches=gradient_batches,
+        experts=experts,
+        unreached=unreached,
         ignore=ignore,
         only=only,
     )
@@ -208,7 +215,14 @@ def prune_with(
         if method.reconstruct is not None:
             _check_reconstruction(model, layers, len(batches), options.communicator)
     forward = options.forward or call_model
-    calibration = Calibration(model, batches, forward, placement, options.communicator)
+    calibration = Calibration(
+        model,
+        batches,
+        forward,
+        placement,
+        options.communicator,
+        measures_all_tokens=method.experts == "all",
+    )
     for hook in options.hooks:
         hook.on_pruning_start([layer.name for layer in layers])
     with torch.inference_mode(False), torch.no_grad(), eval_mode(model), _no_cache(model):
@@ -227,6 +241,7 @@ def prune_with(
         with run.error_context():
             run.run()
             run.check_ranks()
+    record_coverage(model, layers, run.result)
     for hook in options.hooks:
         hook.on_pruning_end(run.result)
     return run.result

@@ -21,6 +21,7 @@ from symprune_lightning.engine.forward.targets import BlockTargets
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.changes import zero_masks
 from symprune_lightning.engine.result import BlockRecord, BlockReport, PruneResult
 from symprune_lightning.errors import PruningWarning
 from symprune_lightning.functional.reconstruction import BlockReconstruction, Weights
@@ -133,15 +134,13 @@ class BlockReconstructor:
     def _masks(self, block: nn.Module) -> dict[str, Tensor]:
         """Map the parameters of pruned layers to masks of their stored shape, True = kept."""
         owners = {module: name for name, module in block.named_modules()}
-        masks: dict[str, Tensor] = {}
-        for layer in self.layers:
-            if layer.module not in owners or layer.name not in self.result.masks:
-                continue
-            key = ".".join(filter(None, (owners[layer.module], layer.parameter_name)))
-            mask = self.result.masks[layer.name].to(layer.parameter.device)
-            kept = ~layer.zero_mask(mask)
-            masks[key] = masks[key] & kept if key in masks else kept
-        return masks
+        done = self.result.masks
+        layers = [x for x in self.layers if x.module in owners and x.name in done]
+        # layers of a packed parameter that were not reached are dense: nothing is pruned there
+        return {
+            ".".join(filter(None, (owners[module], name))): ~pruned
+            for (module, name), pruned in zero_masks(layers, done).items()
+        }
 
     def _commit(self, block: nn.Module, record: BlockRecord) -> None:
         """Write trained weights into the model, and add the report to the result."""

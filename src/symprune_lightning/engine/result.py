@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from symprune_lightning.engine.layers.select import find_layers
+from symprune_lightning.engine.layers.find import find_layers
 from symprune_lightning.functional.allocation import Allocation
 from symprune_lightning.functional.packing import PackedMasks
 
@@ -128,6 +128,38 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class DenseWeight:
+    """A weight of the decoder blocks that was left dense, in full or in part.
+
+    Attributes:
+        name: Qualified name of the parameter.
+        shape: Its stored shape.
+        num_weights: Number of its entries that belong to no pruned layer.
+        reason: Why: ``"ignored"``, ``"router"``, not reached, no layer.
+        is_intended: Whether the settings exclude it, or a warning of its own has named it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_weights: int
+    reason: str
+    is_intended: bool
+
+
+@dataclass
+class CoverageCounts:
+    """Numbers of weights of the decoder blocks, in matrices and larger tensors.
+
+    Attributes:
+        pruned: Weights of pruned layers, zero or not.
+        total: All weights.
+    """
+
+    pruned: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
 class PruneResult:
     """Masks and figures of a run.
 
@@ -138,16 +170,22 @@ class PruneResult:
         permutations: Layer name to the order of its inputs in which its mask is N:M, for patterns
             that permute: ``mask[:, order]``.
         unreached: Prunable layers that no calibration batch reached; they are still dense.
+        pruned_by_magnitude: Layers that no calibration batch reached, pruned by magnitude.
         trials: Candidates of a search over allocations, best first; empty without a search.
         blocks: One report per reconstructed block, in order; empty without reconstruction.
+        left_dense: Weights of the decoder blocks that were left dense, largest first.
+        coverage_counts: Numbers of weights behind ``coverage``.
     """
 
     masks: PackedMasks = field(default_factory=PackedMasks)
     layers: list[LayerReport] = field(default_factory=list)
     permutations: dict[str, Tensor] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
+    pruned_by_magnitude: list[str] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
+    left_dense: list[DenseWeight] = field(default_factory=list)
+    coverage_counts: CoverageCounts = field(default_factory=CoverageCounts)
 
     def is_applied_to(self, model: nn.Module) -> bool:
         """Return whether the model's weights are zero wherever the masks prune."""
@@ -157,6 +195,15 @@ class PruneResult:
             if bool((weight.masked_fill(mask, 0) != 0).any()):
                 return False
         return True
+
+    @property
+    def coverage(self) -> float:
+        """Fraction of the weights of the decoder blocks that belong to pruned layers.
+
+        Of the whole model, if it has no blocks. Counts matrices and larger tensors, without
+        embeddings; ``left_dense`` names the rest.
+        """
+        return self.coverage_counts.pruned / max(self.coverage_counts.total, 1)
 
     @property
     def sparsity(self) -> float:

@@ -1,11 +1,13 @@
-"""A pruning run: calibration, and the pruning of layers whose statistics are complete."""
+"""A pruning run: calibration, and the pruning of layers whose statistics are complete.
+
+Longer than 300 lines since the steps of a run share its state.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from symprune_lightning.engine.forward.suspended import BlockTraining, Suspended
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.changes import LayerChange
 from symprune_lightning.engine.masking import NUM_SUMS, RowPruner, RowSlice
 from symprune_lightning.engine.plan import PruningPlan
 from symprune_lightning.engine.reconstruction import BlockReconstructor
@@ -81,6 +84,12 @@ class PruningRun:
         if self.journal is not None:
             self.journal.write()
 
+    def skip(self, layers: Sequence[Layer]) -> None:
+        """Prune layers that no batch reached by magnitude, if the method says so."""
+        if self.plan.method.unreached == "magnitude" and layers:
+            self.result.pruned_by_magnitude.extend(layer.name for layer in layers)
+            self.prune(layers)
+
     def prune(self, layers: Sequence[Layer]) -> None:
         """Prune layers whose statistics are complete."""
         for group in self.plan.comparison_groups(layers):
@@ -98,7 +107,9 @@ class PruningRun:
 
     def check_ranks(self) -> None:
         """Check that all ranks hold the same weights, where each of them holds full ones."""
-        weights = [x.parameter for x in self.plan.layers if not is_dtensor(x.parameter)]
+        # by identity: a parameter may hold many layers
+        parameters = {id(x.parameter): x.parameter for x in self.plan.layers}
+        weights = [p for p in parameters.values() if not is_dtensor(p)]
         if weights and self.calibration.placement.always_loaded:
             self.calibration.communicator.assert_identical_weights(weights)
 
@@ -135,20 +146,13 @@ class PruningRun:
             recorder,
             self.prune,
             order,
+            skip=self.skip,
             restore=self._restore_modules if finished else None,
             restored=finished,
             training=training,
         )
         forward.run()
-        pruned = {report.name for report in self.result.layers}
-        unreached = [layer.name for layer in self.plan.layers if layer.name not in pruned]
-        if not pruned:
-            raise ValueError(
-                f"none of the {len(unreached)} prunable layers, such as {unreached[0]}, was "
-                f"called during calibration: does `forward` run this model?"
-            )
-        self.result.unreached.extend(unreached)
-        _warn_about(unreached, "no calibration batch reached these layers, which are still dense")
+        self._report_unreached()
         _warn_about(
             sorted(forward.called_after_pruning),
             "these layers were called again after they had been pruned, and those calls were not "
@@ -159,6 +163,34 @@ class PruningRun:
                 self._reconstructor.detached_blocks,
                 "target='model' needs blocks whose input is the output of the previous block; "
                 "these blocks were reconstructed with target='block'",
+            )
+
+    def _report_unreached(self) -> None:
+        """Name the layers that were measured on no token, or on few."""
+        pruned = {report.name for report in self.result.layers}
+        unreached = [layer for layer in self.plan.layers if layer.name not in pruned]
+        if not pruned - set(self.result.pruned_by_magnitude):
+            raise ValueError(
+                f"none of the {len(self.plan.layers)} prunable layers, such as "
+                f"{self.plan.layers[0].name}, was called during calibration: does `forward` run "
+                f"this model?"
+            )
+        if self.calibration.placement.always_loaded:
+            self.skip(unreached)
+            pruned |= set(self.result.pruned_by_magnitude)
+        names = [layer.name for layer in unreached if layer.name not in pruned]
+        self.result.unreached.extend(names)
+        _warn_about(names, "no calibration batch reached these layers, which are still dense")
+        _warn_about(
+            self.result.pruned_by_magnitude,
+            "no calibration batch reached these layers, which were pruned by magnitude",
+        )
+        if "gram" in self.plan.method.needs:
+            _warn_about(
+                [r.name for r in self.result.layers if 0 < r.tokens < r.shape[1]],
+                "these layers received fewer calibration tokens than they have inputs, so that "
+                "their Gram matrix is singular, and refining or updating them is unreliable (use "
+                "more calibration data, or experts='all')",
             )
 
     def _is_recorded(self, layers: Sequence[Layer]) -> bool:
@@ -187,12 +219,17 @@ class PruningRun:
 
     def _prune_group(self, layers: Sequence[Layer]) -> None:
         """Prune layers that compete with one another."""
-        statistics = [self._statistics(layer) for layer in layers]
+        rows = self._rows
+        if layers[0].name in self.result.pruned_by_magnitude:
+            rows = RowPruner(self.plan.by_magnitude(), self.calibration.communicator, self.hooks)
+            statistics = [Statistics(layer=layer.name) for layer in layers]
+        else:
+            statistics = [self._statistics(layer) for layer in layers]
         weights = [layer.matrix() for layer in layers]
         slices: list[RowSlice] = []
         error = None
         try:
-            slices = list(self._rows.compute(layers, weights, statistics))
+            slices = list(rows.compute(layers, weights, statistics))
         except Exception as raised:  # reported to the other ranks; every rank raises
             error = raised
         # `weights` may be views of the parameters, which _finish changes: not used below
@@ -258,10 +295,7 @@ class PruningRun:
 
     def _commit(self, layer: Layer, record: LayerRecord) -> None:
         """Write a record into the model, and add it to the result."""
-        if record.weight is None:
-            change = partial(layer.mask_, record.mask)
-        else:
-            change = partial(layer.copy_, record.weight)
+        change = LayerChange(layer, record.mask, record.weight)
         change()
         self.calibration.placement.record_change(layer.module, change)
         self.result.masks.add(layer.name, record.mask)

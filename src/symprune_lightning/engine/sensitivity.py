@@ -16,9 +16,9 @@ from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.forward.batch import valid_tokens
 from symprune_lightning.engine.forward.calibration import Calibration, logits_of
-from symprune_lightning.engine.forward.recorder import drop_padding
+from symprune_lightning.engine.forward.recorder import drop_padding, valid_rows
 from symprune_lightning.engine.forward.sums import InputMoments
-from symprune_lightning.engine.layers.base import Layer, watch_layers
+from symprune_lightning.engine.layers.base import Layer, Tokens, watch_layers
 from symprune_lightning.functional.statistics import Statistics
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -61,10 +61,13 @@ def measure_sensitivity(
     gradients = {x.name: InputMoments(x.shape[0], x.parameter.device) for x in layers}
     valid: Tensor | None = None
 
-    def add(sums: Mapping[str, InputMoments], layer: Layer, x: Tensor) -> None:
-        tokens = x.detach() if valid is None else drop_padding(x.detach(), valid)
+    def add(
+        sums: Mapping[str, InputMoments], layer: Layer, x: Tensor, tokens: Tokens | None = None
+    ) -> None:
+        kept = drop_padding(x.detach(), valid_rows(valid, layer, tokens))
         with torch.autocast(x.device.type, enabled=False):
-            sums[layer.name].update(tokens)
+            if kept.numel():
+                sums[layer.name].update(kept)
 
     count = 0
     watched = watch_layers(layers, lambda *v: add(inputs, *v), lambda *v: add(gradients, *v))

@@ -6,11 +6,10 @@ import torch.nn.utils.prune
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from symprune_lightning.engine.layers.find import all_layers, find_layers
 from symprune_lightning.engine.layers.select import (
-    all_layers,
     decoder_blocks,
     expand_by_layer,
-    find_layers,
     matching,
     prunable_layers,
 )
@@ -33,8 +32,9 @@ def test_lm_head_is_ignored_by_default(name):
 def test_tied_weights_are_not_pruned_even_if_nothing_is_ignored():
     model = build("gpt2")
     assert model.lm_head.weight is model.transformer.wte.weight
-    assert "lm_head" not in names(model, ignore=[])
-    assert "lm_head" in names(build("llama"), ignore=[])
+    with pytest.raises(ValueError, match="nothing to prune"):
+        names(model, only=["lm_head"])
+    assert names(build("llama"), only=["lm_head"]) == ["lm_head"]
 
 
 def test_a_weight_shared_by_two_layers_is_listed_once():
@@ -62,7 +62,7 @@ def test_invalid_regular_expression():
 
 
 def test_model_without_layers():
-    with pytest.raises(ValueError, match="nothing to prune: Sequential has 0 Linear"):
+    with pytest.raises(ValueError, match="nothing to prune: Sequential has 0 layers that can"):
         prunable_layers(nn.Sequential(nn.ReLU()))
 
 

@@ -1,4 +1,7 @@
-"""The callback that writes a report."""
+"""The callback that writes a report.
+
+Longer than 300 lines since the sections of the page are described here.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,12 @@ SECTIONS = [
         "Reconstruction of the blocks",
         "Error of each block's output on held-out calibration sequences, relative to the error "
         "before its kept weights were trained. One curve per block.",
+    ),
+    (
+        "experts",
+        "Tokens of the experts",
+        "Calibration tokens that reached each expert. An expert without tokens is left dense, or "
+        "pruned by magnitude if that was requested.",
     ),
     ("swaps", "Refining", "Weights that the refiner exchanged in each layer."),
     (
@@ -195,7 +204,9 @@ class Report(Callback, PruningHooks):
             "distillation",
             "versions",
             "trials",
+            "coverage",
             "unreached_layers",
+            "layers_pruned_by_magnitude",
         )
         settings = {key: manifest[key] for key in keys if manifest.get(key)}
         samples = zip(
@@ -244,6 +255,7 @@ class Report(Callback, PruningHooks):
                 return build_manifest(
                     callback.result,
                     model=model_name(module),
+                    architecture=type(pruning_target(module)).__name__,
                     settings=callback.settings,
                     datamodule=calibration_datamodule(trainer),
                     dense=callback.dense_metrics,

@@ -93,7 +93,7 @@ def figures(
 
     Returns:
         Figures by name: ``"sparsity"``, ``"error"``, ``"swaps"``, ``"reconstruction"``, ``"time"``,
-        ``"scores"`` and ``"masks"``.
+        ``"experts"``, ``"scores"`` and ``"masks"``.
     """
     drawn = {"sparsity": _line_plot(layers, "fraction of zeros", [("sparsity", BLUE, "sparsity")])}
     errors = [("error", ORANGE, "mask of the score"), ("error_refined", BLUE, "refined mask")]
@@ -103,6 +103,9 @@ def figures(
         drawn["error"] = _line_plot(layers, "relative squared error of the layer's output", errors)
     if any(layer.get("swaps") for layer in layers):
         drawn["swaps"] = _line_plot(layers, "swaps by the refiner", [("swaps", BLUE, "swaps")])
+    experts = tokens_by_expert(layers)
+    if experts:
+        drawn["experts"] = _heat_map(experts)
     if blocks:
         drawn["reconstruction"] = _reconstruction_plot(blocks)
     if times:
@@ -126,6 +129,28 @@ def chosen_layers(names: Sequence[str]) -> list[str]:
     """
     indices = torch.linspace(0, len(names) - 1, min(MAX_LAYERS, len(names))).round().int().tolist()
     return list(dict.fromkeys(names[index] for index in indices))
+
+
+def tokens_by_expert(layers: LayerReports) -> dict[str, list[int]]:
+    """Return the calibration tokens of each expert, by the name that all experts share.
+
+    Experts are layers whose names end with a number.
+
+    Args:
+        layers: Layer reports of the manifest.
+
+    Examples:
+        >>> tokens_by_expert([{"name": "mlp.experts.down_proj.1", "tokens": 5}])
+        {'mlp.experts.down_proj': [0, 5]}
+    """
+    tokens: dict[str, dict[int, int]] = {}
+    for layer in layers:
+        name, _, number = str(layer["name"]).rpartition(".")
+        if number.isdecimal() and name:
+            tokens.setdefault(name, {})[int(number)] = int(layer["tokens"])
+    return {
+        name: [counts.get(i, 0) for i in range(max(counts) + 1)] for name, counts in tokens.items()
+    }
 
 
 def png(figure: Figure) -> bytes:
@@ -180,6 +205,22 @@ def _describe_lines(axes: Any, horizontal: str, vertical: str, *, legend: bool) 
     axes.set_ylim(bottom=0)
     if legend:
         axes.legend(frameon=False, labelcolor=GRAY, fontsize=8)
+
+
+def _heat_map(experts: Mapping[str, Sequence[int]]) -> Figure:
+    """Show the tokens of every expert: a row for each parameter that holds experts."""
+    width = max(len(counts) for counts in experts.values())
+    rows = [[*counts, *[float("nan")] * (width - len(counts))] for counts in experts.values()]
+    figure = Figure(figsize=(8, 0.9 + 0.22 * len(rows)), layout="constrained")
+    axes = _axes(figure)
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    axes.set_yticks(range(len(rows)), [".".join(name.split(".")[-5:]) for name in experts])
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set_xlabel("expert", fontsize=8)
+    bar = figure.colorbar(image, ax=axes)
+    bar.ax.tick_params(colors=GRAY, labelsize=7)
+    bar.set_label("calibration tokens", color=GRAY, fontsize=8)
+    return figure
 
 
 def _bar_chart(times: Mapping[str, float]) -> Figure:

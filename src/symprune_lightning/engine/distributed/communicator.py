@@ -143,10 +143,20 @@ class Communicator:
         """Return the indices below ``count`` that any rank holds, sorted."""
         if self.world_size == 1:
             return sorted(indices)
-        flags = torch.zeros(count, dtype=torch.uint8, device=self.device)
-        flags[list(indices)] = 1
+        held = sorted(indices)
+        # first the range, which is almost always a single index: a flag for each of many thousand
+        # indices would be exchanged as many thousand times
+        bounds = torch.tensor(
+            [held[-1], count - 1 - held[0]] if held else [-1, -1], device=self.device
+        )
+        dist.all_reduce(bounds, dist.ReduceOp.MAX)
+        last, first = int(bounds[0]), count - 1 - int(bounds[1])
+        if last <= first:
+            return [last] if last == first else []
+        flags = torch.zeros(last + 1 - first, dtype=torch.uint8, device=self.device)
+        flags[[index - first for index in held]] = 1
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return flags.nonzero().flatten().tolist()
+        return [first + index for index in flags.nonzero().flatten().tolist()]
 
     def gather_masks(
         self,

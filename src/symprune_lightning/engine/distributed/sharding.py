@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
 
 from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.changes import LayerChange, apply_changes
 from symprune_lightning.engine.placement import WeightPlacement
 
 
@@ -46,6 +47,9 @@ class ShardedPlacement(WeightPlacement):
 
     def open(self, layers: Sequence[Layer]) -> None:
         """Unshard the parameters outside the blocks."""
+        for root in self._roots:
+            # FSDP does this in the first forward, and would find stand-ins in place of parameters
+            root._get_fsdp_state()._lazy_init()
         self._hook = self.model.register_forward_pre_hook(self._note_call)
         for module in self._sharded:
             # FSDP would reshard when the first batch leaves, under the batches still suspended
@@ -171,8 +175,10 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def _replay(changes: list[Callable[[], None]]) -> None:
+    apply_changes([change for change in changes if isinstance(change, LayerChange)])
     for change in changes:
-        change()
+        if not isinstance(change, LayerChange):  # of reconstruction, which follows pruning
+            change()
     changes.clear()
 
 

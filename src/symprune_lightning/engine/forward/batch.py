@@ -36,6 +36,8 @@ class SuspendedBatch(greenlet.greenlet):
         self.last_input = LastInput()
         self.is_measuring = False
         """Whether layers record their inputs although the batch does not wait at them."""
+        self.trace: list[nn.Module] | None = None
+        """The modules whose layers were used, for a batch that only traces their order."""
         self.is_computing_target = False
         """Whether a block is being called to compute the target of its reconstruction."""
         self.block_call: BlockCall | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +71,20 @@ def call_on_copies(
         kwargs: Keyword arguments.
         x: Replaces the hidden states.
     """
-    args, kwargs = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, (args, kwargs))
+    args, kwargs = tree_map(_copy, (args, kwargs))
     if x is not None and args:
         args = (x.clone(), *args[1:])
     elif x is not None:
         kwargs = {**kwargs, HIDDEN_STATES: x.clone()}
     return block(*args, **kwargs)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    # a KV cache of transformers, to which every call appends
+    is_cache = hasattr(value, "get_seq_length") and hasattr(value, "update")
+    return deepcopy(value) if is_cache else value
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

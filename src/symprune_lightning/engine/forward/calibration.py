@@ -28,6 +28,8 @@ class Calibration:
         communicator: The ranks that prune together.
         offload: Target of the hidden states of batches that wait in front of a block: ``"cpu"``,
             a folder, or ``None`` to leave them on the device.
+        measures_all_tokens: Whether experts are measured on all tokens, also those that are not
+            routed to them.
     """
 
     model: nn.Module
@@ -36,6 +38,7 @@ class Calibration:
     placement: WeightPlacement
     communicator: Communicator = SINGLE_PROCESS
     offload: str | os.PathLike[str] | None = None
+    measures_all_tokens: bool = False
 
 
 def call_model(model: nn.Module, batch: Any) -> object:

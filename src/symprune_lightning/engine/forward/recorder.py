@@ -13,7 +13,7 @@ from torch import Tensor
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
 from symprune_lightning.engine.distributed.dtensor import full_tensor, local_tensor
 from symprune_lightning.engine.forward.sums import INPUT_SUMS, InputMoments, RunningSum
-from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.base import Layer, Tokens
 from symprune_lightning.functional.statistics import Need, Statistics
 
 
@@ -74,7 +74,8 @@ class Recorder:
         self._measures_output = "output" in needs
         self._communicator = communicator
         self._layers = {layer.name: layer for layer in layers}
-        self._index = {layer.name: i for i, layer in enumerate(layers)}
+        self._names = [layer.name for layer in layers]
+        self._index = {name: i for i, name in enumerate(self._names)}
         # source -> sums of this rank
         self._local_sums: dict[str, dict[Need, RunningSum]] = {}
         # layer -> sums of its output on this rank; outputs are never shared
@@ -85,7 +86,9 @@ class Recorder:
         # sources of a layer -> sums over these sources and all ranks
         self._reduced: dict[tuple[str, ...], dict[Need, RunningSum]] = {}
         self._used_since_release: set[tuple[str, ...]] = set()
-        self._released: set[str] = set()
+        # source -> layers of this rank that are not freed
+        self._users: defaultdict[str, set[str]] = defaultdict(set)
+        self._released: list[str] = []
 
     def observe(self, layer: Layer, x: Tensor, last: LastInput, valid: Tensor | None) -> None:
         """Add a layer's input.
@@ -94,8 +97,8 @@ class Recorder:
             layer: The layer, still dense.
             x: Its input, ``(..., tokens, in_features)``.
             last: The input that the same batch measured last.
-            valid: Bool, one per token of the batch: False where it is padding. Ignored where
-                ``x`` holds another number of tokens (those routed to an expert).
+            valid: Bool, one per token of ``x``: False where it is padding. Ignored where ``x``
+                holds another number of tokens.
         """
         # statistics are float32 at least, whatever precision the user's autocast selects
         with torch.autocast(x.device.type, enabled=False):
@@ -106,9 +109,9 @@ class Recorder:
             return  # an expert that received no tokens has not been reached
         is_known = last.matches(local_tensor(x), layer)
         if is_known and not self._measures_output:
-            self._local_sources[layer.name].add(last.source)
+            self._add_source(layer, last.source)
             return
-        tokens = full_tensor(x) if valid is None else drop_padding(full_tensor(x), valid)
+        tokens = drop_padding(full_tensor(x), valid)
         if not tokens.numel():
             return
         if not is_known:
@@ -116,12 +119,16 @@ class Recorder:
             for running_sum in sums.values():
                 running_sum.update(tokens)
             last.set(local_tensor(x), layer)
-        self._local_sources[layer.name].add(last.source)
+        self._add_source(layer, last.source)
         if self._measures_output:
             weight = layer.matrix()
             if layer.name not in self._output_sums:
                 self._output_sums[layer.name] = InputMoments(len(weight), tokens.device)
             self._output_sums[layer.name].update(tokens.to(weight.dtype) @ weight.T)
+
+    def _add_source(self, layer: Layer, source: str) -> None:
+        self._local_sources[layer.name].add(source)
+        self._users[source].add(layer.name)
 
     def was_reached(self, layer: str) -> bool:
         """Return whether any batch of any rank has reached the layer; a collective."""
@@ -156,27 +163,25 @@ class Recorder:
 
         Not at once, since the next layer may share their input.
         """
-        needed = {
-            source
-            for name, sources in self._local_sources.items()
-            if name not in self._released
-            for source in sources
-        }
-        self._local_sums = {k: v for k, v in self._local_sums.items() if k in needed}
+        for name in self._released:
+            self._output_sums.pop(name, None)
+            for source in self._local_sources.pop(name, ()):
+                self._users[source].discard(name)
+                if not self._users[source]:
+                    self._local_sums.pop(source, None)
+                    del self._users[source]
+        self._released = list(layers)
         # reduced sums are freed by use, not by need: a rule that is the same on all ranks, while
-        # `needed` depends on which layers this rank's batches reached
+        # users depend on which layers this rank's batches reached
         self._reduced = {key: self._reduced[key] for key in self._used_since_release}
         self._used_since_release.clear()
-        self._output_sums = {k: v for k, v in self._output_sums.items() if k not in self._released}
-        self._released.update(layers)
 
     def _sources(self, layer: str) -> tuple[str, ...]:
         """Return the sources of a layer over all ranks; the ranks agree once for each layer."""
         if layer not in self._global_sources:
             indices = {self._index[source] for source in self._local_sources.get(layer, ())}
-            names = list(self._layers)
-            union = self._communicator.union_of_indices(indices, len(names))
-            self._global_sources[layer] = tuple(names[i] for i in union)
+            union = self._communicator.union_of_indices(indices, len(self._names))
+            self._global_sources[layer] = tuple(self._names[i] for i in union)
         return self._global_sources[layer]
 
     def _zeros(self, layer: Layer, device: torch.device) -> dict[Need, RunningSum]:
@@ -197,9 +202,22 @@ class Recorder:
         return self._reduced[key]
 
 
-def drop_padding(x: Tensor, valid: Tensor) -> Tensor:
+def valid_rows(valid: Tensor | None, layer: Layer, tokens: Tokens | None) -> Tensor | None:
+    """Return which rows of a layer's input are real tokens; ``None`` for all, or if not known.
+
+    Args:
+        valid: Bool, one per token of the batch: False where it is padding.
+        layer: The layer.
+        tokens: See `Visit`.
+    """
+    if valid is None or not layer.is_routed:
+        return valid
+    return None if tokens is None else valid.flatten()[tokens()]
+
+
+def drop_padding(x: Tensor, valid: Tensor | None) -> Tensor:
     """Return the real tokens, also where the model has flattened batch and sequence."""
-    if valid.numel() != math.prod(x.shape[:-1]):
+    if valid is None or valid.numel() != math.prod(x.shape[:-1]):
         return x
     return x.reshape(-1, x.shape[-1])[valid.flatten()]
 

@@ -13,7 +13,8 @@ Longer than 300 lines since the scheduler and the hooks that switch to it share 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +32,10 @@ from symprune_lightning.engine.forward.batch import (
 from symprune_lightning.engine.forward.block import BlockCall, call_on_copies, hidden_states
 from symprune_lightning.engine.forward.calibration import Calibration
 from symprune_lightning.engine.forward.offload import OffloadedTensor
-from symprune_lightning.engine.forward.recorder import Recorder
+from symprune_lightning.engine.forward.recorder import Recorder, valid_rows
 from symprune_lightning.engine.forward.targets import BlockTargets
-from symprune_lightning.engine.layers.base import Layer, watch_layers
+from symprune_lightning.engine.layers.base import Layer, Tokens, watch_layers
+from symprune_lightning.engine.layers.order import execution_order
 from symprune_lightning.engine.layers.select import decoder_blocks, excluded_layers
 from symprune_lightning.functional.statistics import CalibrationOrder
 
@@ -61,6 +63,16 @@ class BlockTraining:
     targets: BlockTargets
 
 
+NUM_TRACED = 4
+"""Batches that are run once more where the order of execution is not known."""
+
+
+def _module_of(point: WaitPoint) -> nn.Module:
+    if isinstance(point, BlockEntry):
+        return point.block
+    return point.module if isinstance(point, Layer) else point
+
+
 class SuspendedForward:
     """Runs batches through a model and prunes each layer when its statistics are complete.
 
@@ -73,6 +85,8 @@ class SuspendedForward:
         recorder: Collects the statistics.
         prune: Called with layers whose statistics are complete. Changes their weights.
         order: The calibration order.
+        skip: Called in place of ``prune`` with layers that no batch has reached, while their
+            weights are loaded.
         restore: Called with modules whose weights have just been loaded, before batches use them.
         restored: Layers that ``restore`` changes and that are not among ``layers``.
         training: Trains the blocks after they are pruned.
@@ -89,6 +103,7 @@ class SuspendedForward:
         recorder: Recorder,
         prune: Callable[[Sequence[Layer]], None],
         order: CalibrationOrder = "layer",
+        skip: Callable[[Sequence[Layer]], None] | None = None,
         restore: Callable[[set[nn.Module]], None] | None = None,
         restored: Sequence[Layer] = (),
         training: BlockTraining | None = None,
@@ -98,6 +113,7 @@ class SuspendedForward:
         self.recorder = recorder
         self.prune = prune
         self.order = order
+        self.skip = skip or (lambda layers: None)
         self.restore = restore or (lambda modules: None)
         self.restored = list(restored)
         self.training = training
@@ -105,8 +121,12 @@ class SuspendedForward:
         self.called_after_pruning: set[str] = set()
         self._layers_at = self._assign_layers()
         self._wait_points = self._sort_wait_points()
-        # wait points that are not pruned yet; a dictionary as an ordered set
-        self._pending = dict.fromkeys(self._wait_points)
+        self._index: dict[Hashable, int] = {p: i for i, p in enumerate(self._wait_points)}
+        self._pending = set(self._wait_points)
+        # tracing calls the model once more, which a model that is loaded block by block cannot do
+        self._is_traced = bool(self.placement.blocks)
+        self._inside_blocks = {m for block in self.placement.blocks for m in block.modules()}
+        self._traceable: list[SuspendedBatch] = []
 
     def run(self) -> None:
         """Run all batches and prune.
@@ -127,8 +147,7 @@ class SuspendedForward:
                     for batch in suspended:
                         batch.end()
             if self.order == "dense":
-                reached = [x for x in self.layers if self.recorder.was_reached(x.name)]
-                self.placement.for_each_block(reached, self.prune)
+                self.placement.for_each_block(self.layers, self._complete)
         if not self.calibration.communicator.union_of_indices([0] if count else [], 1):
             raise ValueError("the calibration set is empty: pass at least one batch")
 
@@ -141,6 +160,8 @@ class SuspendedForward:
                 forward = partial(self.calibration.forward, self.calibration.model, data)
                 number = communicator.data_rank + count * communicator.data_world_size
                 batch = SuspendedBatch(forward, valid_tokens(data), number)
+                if count < NUM_TRACED and not self._is_traced:
+                    self._traceable.append(SuspendedBatch(forward, None, number))
                 batch.is_measuring = self.order == "dense"
                 suspended.append(batch)
                 batch.resume()
@@ -154,11 +175,42 @@ class SuspendedForward:
     def _next(self, suspended: list[SuspendedBatch], error: Exception | None) -> WaitPoint | None:
         """Return the first wait point with batches of any rank; ``None`` if there is none."""
         suspended[:] = [batch for batch in suspended if not batch.dead]
-        occupied = {batch.wait_point for batch in suspended}
-        indices = (i for i, point in enumerate(self._wait_points) if point in occupied)
-        end = len(self._wait_points)
-        index = self.calibration.communicator.all_reduce_min(next(indices, end), error)
-        return None if index == end else self._wait_points[index]
+        communicator, end = self.calibration.communicator, len(self._wait_points)
+        indices = [self._index[batch.wait_point] for batch in suspended if batch.wait_point]
+        first = communicator.all_reduce_min(min(indices, default=end), error)
+        if not self._is_traced and communicator.all_reduce_max(max(indices, default=0)) > first:
+            # Batches wait at several points (experts in a ModuleList, of which each batch uses
+            # some). The order in which the model registers them may not be that of execution, and
+            # a layer that runs last must not be pruned before the others have reached it.
+            self._trace()
+            return self._next(suspended, None)
+        return None if first == end else self._wait_points[first]
+
+    def _trace(self) -> None:
+        """Sort the wait points by the order in which a few batches use the layers."""
+        self._is_traced = True
+        modules = list(self.calibration.model.modules())
+        numbers = {module: i for i, module in enumerate(modules)}
+        traces: list[list[int]] = []
+        error = None
+        try:
+            for batch in self._traceable:
+                batch.trace = []
+                batch.resume()
+                traces.append([numbers[module] for module in batch.trace])
+        except Exception as raised:  # reported to the other ranks
+            error = raised
+        finally:
+            self._traceable.clear()
+        communicator = self.calibration.communicator
+        communicator.all_reduce_min(0, error)
+        # all ranks use the order that rank 0 has seen
+        shared = json.loads(communicator.broadcast_text(json.dumps(traces)))
+        position = execution_order(
+            self.calibration.model, [[modules[i] for i in trace] for trace in shared]
+        )
+        self._wait_points.sort(key=lambda point: position[_module_of(point)])
+        self._index = {point: i for i, point in enumerate(self._wait_points)}
 
     def _advance(
         self, wait_point: WaitPoint, suspended: Sequence[SuspendedBatch]
@@ -170,13 +222,12 @@ class SuspendedForward:
             if not self.placement.always_loaded:
                 self.restore(set(wait_point.block.modules()))
         elif self.order != "dense":
-            layers = self._layers_at[wait_point]
-            self.prune([x for x in layers if self.recorder.was_reached(x.name)])
+            self._complete(self._layers_at[wait_point])
             if self.training is not None and isinstance(wait_point, nn.Module):
                 calls = [batch.block_call for batch in waiting if batch.block_call is not None]
                 self.training.train(wait_point, calls)
                 del calls  # the hidden states of all batches, which are freed as each resumes
-        self._pending.pop(wait_point, None)
+        self._pending.discard(wait_point)
         for batch in waiting:
             batch.block_call = None
         try:
@@ -192,6 +243,12 @@ class SuspendedForward:
         except Exception as error:  # reported to the other ranks at the next wait point
             return error
         return None
+
+    def _complete(self, layers: Sequence[Layer]) -> None:
+        """Prune layers whose statistics are complete."""
+        reached = {x.name for x in layers if self.recorder.was_reached(x.name)}
+        self.prune([layer for layer in layers if layer.name in reached])
+        self.skip([layer for layer in layers if layer.name not in reached])
 
     def _assign_layers(self) -> dict[Layer | nn.Module, list[Layer]]:
         """Map each wait point to the layers that are pruned there, in model order."""
@@ -210,15 +267,10 @@ class SuspendedForward:
         """Return all wait points in model order; the entry of a block precedes its contents."""
         position = {module: i for i, module in enumerate(self.calibration.model.modules())}
 
-        def module_of(point: WaitPoint) -> nn.Module:
-            if isinstance(point, BlockEntry):
-                return point.block
-            return point.module if isinstance(point, Layer) else point
-
         points: list[WaitPoint] = [BlockEntry(block) for block in self.placement.blocks]
         points += self._layers_at
         # the sort is stable, so the entry of a block stays in front of the block itself
-        return sorted(points, key=lambda point: position[module_of(point)])
+        return sorted(points, key=lambda point: position[_module_of(point)])
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -232,6 +284,8 @@ class SuspendedForward:
             # interrupted. The entry of a block is registered last and so runs first.
             hooks = [(block, self._wait_at_block) for block in blocks]
             hooks += [(block, self._wait_at_entry) for block in self.placement.blocks]
+            if self.calibration.measures_all_tokens:
+                self._measure_all_tokens(stack)
             for module, hook in hooks:
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
                 stack.callback(handle.remove)
@@ -241,24 +295,48 @@ class SuspendedForward:
                 stack.enter_context(replay_finished_blocks(block))
             yield
 
-    def _visit(self, layer: Layer, x: Tensor) -> None:
+    def _measure_all_tokens(self, stack: ExitStack) -> None:
+        """Call experts with all tokens while one of their layers is measured."""
+        by_module: dict[nn.Module, list[Layer]] = {}
+        for layer in self.layers:
+            by_module.setdefault(layer.module, []).append(layer)
+
+        def is_needed(layers: Sequence[Layer]) -> bool:
+            batch = current_batch()
+            if batch is None or batch.is_computing_target or batch.trace is not None:
+                return False
+            return batch.is_measuring or any(layer in self._pending for layer in layers)
+
+        for module, layers in by_module.items():
+            kind = layers[0].kind
+            stack.enter_context(kind.measure_all_tokens(module, partial(is_needed, layers)))
+
+    def _visit(self, layer: Layer, x: Tensor, tokens: Tokens | None = None) -> None:
         """Record the input of a layer, and wait until it is pruned."""
         batch = current_batch()
         if batch is None or batch.is_computing_target:
             return
+        if batch.trace is not None:
+            batch.trace.append(layer.module)
+            return
         if batch.is_measuring or layer in self._pending:
-            self.recorder.observe(layer, x, batch.last_input, batch.valid)
+            valid = valid_rows(batch.valid, layer, tokens)
+            self.recorder.observe(layer, x, batch.last_input, valid)
         if layer in self._pending:
             batch.wait_at(layer)
         elif layer in self._layers_at:
             self.called_after_pruning.add(layer.name)
 
-    def _visit_excluded(self, layer: Layer, x: Tensor) -> None:
+    def _visit_excluded(self, layer: Layer, x: Tensor, tokens: Tokens | None = None) -> None:
         """End a forward that has nothing left to measure."""
         batch = current_batch()
         # weights on the meta device at this point are the output projection of a streamed model,
         # which is not loaded since no layer follows it
-        if batch is not None and (batch.is_exiting or layer.parameter.is_meta):
+        if batch is None or batch.trace is not None:
+            return
+        # not inside a block: FSDP would believe that the block's forward is still running
+        is_outside = layer.module not in self._inside_blocks
+        if layer.parameter.is_meta or (batch.is_exiting and is_outside):
             exit_forward()
 
     def _wait_at_block(
@@ -269,13 +347,18 @@ class SuspendedForward:
         # while these flags are set, the block is called by the lines below
         if batch is None or batch.is_measuring or batch.is_computing_target:
             return
+        if batch.trace is not None:
+            batch.trace.append(block)
+            return
         if block not in self._pending:
             names = [layer.name for layer in self._layers_at[block]]
             self.called_after_pruning.update(names)
             return
         # the inputs of the block's layers are measured in this call
         batch.is_measuring = True
-        output = call_on_copies(block, args, kwargs)
+        # without the block's hooks: those of transformers, which collect hidden states, and those
+        # of the user would see every call twice
+        output = call_on_copies(block.forward, args, kwargs)
         batch.is_measuring = False
         if self.training is not None:
             self.training.targets.record(batch, block, args, kwargs, output)

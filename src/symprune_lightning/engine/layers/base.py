@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Layer:
         input_key: Distinguishes layers whose matrix inputs differ although their modules are
             called with the same tensor (convolutions with other strides). Two layers share
             statistics only if these are equal.
+        is_routed: Whether the layer receives some of a batch's tokens only, in another order.
     """
 
     name: str
@@ -50,11 +51,15 @@ class Layer:
     parameter_name: str = "weight"
     view: Callable[[Tensor], Tensor] = identity
     input_key: Hashable = None
+    is_routed: bool = False
 
     @property
     def parameter(self) -> Tensor:
         """The parameter as stored."""
-        parameter = getattr(self.module, self.parameter_name)
+        # not getattr first: a stand-in may shadow it, see stand_in.py
+        parameter = self.module._parameters.get(self.parameter_name)
+        if parameter is None:  # computed, which is refused later
+            parameter = getattr(self.module, self.parameter_name)
         assert isinstance(parameter, Tensor)
         return parameter
 
@@ -114,8 +119,23 @@ class Layer:
         local_tensor(self.parameter).copy_(shard_like(stored, self.parameter))
 
 
-Visit = Callable[[Layer, Tensor], None]
-"""Called with a layer and its input ``(..., tokens, in_features)``, before the layer uses it."""
+Tokens = Callable[[], Tensor]
+"""Returns indices of tokens; called only where they are needed."""
+
+
+class Visit(Protocol):
+    """Observes the input of a layer before it is used, or a gradient of its output."""
+
+    def __call__(self, layer: Layer, x: Tensor, tokens: Tokens | None = None, /) -> None:
+        """Observe.
+
+        Args:
+            layer: The layer.
+            x: Its input ``(..., tokens, in_features)``, or the gradient of its output.
+            tokens: Returns the index of each row's token in the flattened batch, for layers that
+                receive some of the tokens. ``None`` if the layer receives all of them, or if it
+                is not known which.
+        """
 
 
 class LayerKind(ABC):
@@ -130,7 +150,8 @@ class LayerKind(ABC):
 
         Args:
             name: Qualified name of the module.
-            module: Any module of the model, without its children.
+            module: Any module of the model. A layer may be in a child that the module uses without
+                calling it; it then replaces the layer that another kind finds in the child.
 
         Returns:
             The layers, in the order in which the module uses them; empty if the module is not of
@@ -167,18 +188,36 @@ class LayerKind(ABC):
         """
         return watch_output_gradient(module, layers[0], visit)
 
+    def measure_all_tokens(
+        self, module: nn.Module, is_needed: Callable[[], bool]
+    ) -> AbstractContextManager[None]:
+        """Visit the layers of a module with all tokens, for modules that route tokens to layers.
+
+        This implementation does nothing: the module's layers receive all tokens.
+
+        Args:
+            module: The module.
+            is_needed: Called before each call of the module; returns whether a layer is measured.
+        """
+        return nullcontext()
+
+
+def follow_gradient(output: Tensor, visit: Callable[[Tensor], None]) -> Tensor:
+    """Return ``output``, and call ``visit`` with its gradient in the backward pass."""
+    if not output.requires_grad:
+        # No parameter requires a gradient while sensitivities are measured, so the graph begins
+        # here, at the first layers. A clone, since a leaf may not be modified in place.
+        output = output.detach().requires_grad_().clone()
+    output.register_hook(visit)  # type: ignore[no-untyped-call]
+    return output
+
 
 @contextmanager
 def watch_output_gradient(module: nn.Module, layer: Layer, visit: Visit) -> Iterator[None]:
     """Visit a layer with the gradient of its module's output."""
 
     def hook(_: nn.Module, args: object, output: Tensor) -> Tensor:
-        if not output.requires_grad:
-            # No parameter requires a gradient while sensitivities are measured, so the graph
-            # begins here, at the first layers. A clone, since a leaf may not be modified in place.
-            output = output.detach().requires_grad_().clone()
-        output.register_hook(lambda g: visit(layer, g))  # type: ignore[no-untyped-call]
-        return output
+        return follow_gradient(output, lambda gradient: visit(layer, gradient))
 
     handle = module.register_forward_hook(hook)
     try:

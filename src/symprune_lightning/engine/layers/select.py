@@ -1,4 +1,4 @@
-"""Selection of layers: which are pruned, in which order, and how names resolve to layers."""
+"""Selection of layers: which are pruned, and in which blocks."""
 
 from __future__ import annotations
 
@@ -9,50 +9,27 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-import symprune_lightning.engine.layers.kinds  # noqa: F401 — registers the kinds of layers
-from symprune_lightning.engine.layers.base import Layer, LayerKind
-from symprune_lightning.functional.registry import leaves
+from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.exempt import exempt_layers
+from symprune_lightning.engine.layers.find import all_layers
 
 T = TypeVar("T")
-
-DEFAULT_IGNORE = (r"re:.*lm_head(\..*)?",)
-"""Layers ignored by default: the output projection, often tied to the embeddings."""
 
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def all_layers(model: nn.Module) -> list[Layer]:
-    """Return every layer of a known kind, in the order in which the model registers them."""
-    kinds = [kind() for kind in leaves(LayerKind)]  # type: ignore[type-abstract]
-    return [
-        layer
-        for name, module in model.named_modules()
-        for kind in kinds
-        for layer in kind.layers(name, module)
-    ]
-
-
-def find_layers(model: nn.Module, names: Iterable[str]) -> list[Layer]:
-    """Resolve names to layers.
-
-    Raises:
-        KeyError: The model has no layer of that name; the exception's argument is the name.
-    """
-    by_name = {layer.name: layer for layer in all_layers(model)}
-    return [by_name[name] for name in names]
-
-
 def prunable_layers(
     model: nn.Module,
-    ignore: Sequence[str] = DEFAULT_IGNORE,
+    ignore: Sequence[str] = (),
     only: Sequence[str] | None = None,
     *,
     allow_meta: bool = False,
 ) -> list[Layer]:
     """Return the layers to prune, in the order in which the model registers them.
 
-    A parameter shared with a module that is no prunable layer (an output projection tied to the
-    embeddings) is never pruned; one shared by several layers is listed once.
+    Routers, output projections and adapters are left dense unless ``only`` names them exactly (see
+    ``exempt_layers``). A parameter shared with a module that is no prunable layer (an output
+    projection tied to the embeddings) is never pruned; one shared by several layers is listed once.
 
     Args:
         model: Any module.
@@ -72,14 +49,11 @@ def prunable_layers(
     """
     candidates = all_layers(model)
     names = [layer.name for layer in candidates]
-    ignored = {
-        name
-        for entry in ignore
-        # the default may match nothing: not every model has an output projection
-        for name in matching(entry, names, required=entry not in DEFAULT_IGNORE)
-    }
+    ignored = {name for entry in ignore for name in matching(entry, names)}
     if only is not None:
         ignored |= set(names) - {name for entry in only for name in matching(entry, names)}
+    exempt = exempt_layers(model, candidates)
+    ignored |= exempt.keys() - set(only or ())
     owners = _parameter_owners(model, candidates)
     layers = []
     for layer in candidates:
@@ -91,8 +65,10 @@ def prunable_layers(
             layers.append(layer)
     if not layers:
         raise ValueError(
-            f"nothing to prune: {type(model).__name__} has {len(candidates)} Linear or Conv1D "
-            f"layers, and all are ignored ({', '.join(ignore) or 'none'}) or tied to other modules"
+            f"nothing to prune: {type(model).__name__} has {len(candidates)} layers that can be "
+            f"pruned, and all are ignored ({', '.join(ignore) or 'none'}), tied to other modules, "
+            f"or routers, output projections or adapters, which are pruned only if `only` has "
+            f"their exact names"
         )
     return layers
 
@@ -150,11 +126,11 @@ def expand_by_layer(settings: Mapping[str, T], layers: Sequence[Layer]) -> dict[
     return expanded
 
 
-def matching(pattern: str, names: Sequence[str], *, required: bool = True) -> list[str]:
+def matching(pattern: str, names: Sequence[str]) -> list[str]:
     """Return the names that equal ``pattern``, or fully match it if it is prefixed with ``re:``.
 
     Raises:
-        ValueError: The expression is invalid, or nothing matches although ``required``.
+        ValueError: The expression is invalid, or nothing matches.
 
     Examples:
         >>> matching("re:.*q_proj", ["layers.0.q_proj", "layers.0.k_proj"])
@@ -165,7 +141,7 @@ def matching(pattern: str, names: Sequence[str], *, required: bool = True) -> li
         matches = [name for name in names if re.fullmatch(regex, name)]
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from None
-    if required and not matches:
+    if not matches:
         raise ValueError(
             f"{pattern!r} matches none of the {len(names)} layers, which are: "
             f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"

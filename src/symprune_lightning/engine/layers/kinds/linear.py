@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 
 from torch import nn
 
-from symprune_lightning.engine.layers.base import Layer, LayerKind, Visit, watch_first_argument
+from symprune_lightning.engine.layers.base import (
+    Layer,
+    LayerKind,
+    Visit,
+    watch_first_argument,
+)
+from symprune_lightning.engine.layers.kinds.stacked import num_groups
+from symprune_lightning.engine.layers.stand_in import Listener, WatchedParameter, watch_uses
 
 
 class LinearKind(LayerKind):
@@ -15,10 +25,63 @@ class LinearKind(LayerKind):
 
     def layers(self, name: str, module: nn.Module) -> list[Layer]:
         """See `LayerKind`."""
-        return [Layer(name, module, self)] if isinstance(module, nn.Linear) else []
+        is_linear = isinstance(module, nn.Linear) and num_groups(module) == 1
+        return [Layer(name, module, self)] if is_linear else []
 
     def watch(
         self, module: nn.Module, layers: Sequence[Layer], visit: Visit
     ) -> AbstractContextManager[None]:
         """See `LayerKind`."""
         return watch_first_argument(module, layers, visit)
+
+
+class ReadLinearKind(LayerKind):
+    """``nn.Linear`` whose weight its parent multiplies by, instead of calling it.
+
+    Such as ``dt_proj`` of Mamba, and the output projection of ``nn.MultiheadAttention``. Whether
+    the parent reads the weight is found in its source.
+    """
+
+    def layers(self, name: str, module: nn.Module) -> list[Layer]:
+        """See `LayerKind`."""
+        prefix = f"{name}." if name else ""
+        return [
+            Layer(prefix + key, child, self)
+            for key, child in module.named_children()
+            if isinstance(child, nn.Linear) and reads_weight(module, key)
+        ]
+
+    def watch(
+        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
+    ) -> AbstractContextManager[None]:
+        """See `LayerKind`."""
+        return _watch(module, layers[0], lambda layer, x, _: visit(layer, x), None)
+
+    def watch_gradients(
+        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
+    ) -> AbstractContextManager[None]:
+        """See `LayerKind`."""
+        return _watch(module, layers[0], None, lambda layer, x, _: visit(layer, x))
+
+
+def _watch(
+    module: nn.Module, layer: Layer, on_input: Listener | None, on_gradient: Listener | None
+) -> AbstractContextManager[None]:
+    parameter = WatchedParameter(module, layer.parameter_name)
+    return watch_uses(parameter, {0: layer}, on_input, on_gradient)
+
+
+def reads_weight(module: nn.Module, child: str) -> bool:
+    """Return whether the code of a module reads the weight of one of its children."""
+    classes = (cls for cls in type(module).__mro__ if cls not in (nn.Module, object))
+    return any(child in _read_children(cls) for cls in classes)
+
+
+@cache
+def _read_children(cls: type) -> frozenset[str]:
+    """Return the names of children whose weights the code of a class reads."""
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):  # built in, or defined interactively
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.\w)", source))

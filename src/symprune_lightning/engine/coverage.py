@@ -1,0 +1,101 @@
+"""Coverage: which weights of the decoder blocks are pruned, and why the others are not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.exempt import exempt_layers
+from symprune_lightning.engine.layers.find import all_layers
+from symprune_lightning.engine.layers.select import decoder_blocks
+from symprune_lightning.engine.result import DenseWeight, PruneResult
+from symprune_lightning.errors import PruningWarning
+
+IGNORED = "ignored"
+UNREACHED = "not reached by any calibration batch"
+THRESHOLD = 0.95
+"""Coverage below which weights that were left dense without being asked for are warned about."""
+
+
+def record_coverage(model: nn.Module, layers: Sequence[Layer], result: PruneResult) -> None:
+    """Add the coverage of a run to its result, and warn if much was left dense unintentionally.
+
+    Args:
+        model: The model.
+        layers: The layers that were to be pruned.
+        result: The result, with the reports of those that were.
+    """
+    known = all_layers(model)
+    exempt = exempt_layers(model, known)
+    selected = {layer.name for layer in layers}
+    pruned = {report.name for report in result.layers}
+
+    def reason(layer: Layer) -> str:
+        if layer.name in selected:
+            return UNREACHED
+        return exempt.get(layer.name, IGNORED)
+
+    by_parameter: dict[int, list[Layer]] = {}
+    for layer in known:
+        by_parameter.setdefault(id(layer.parameter), []).append(layer)
+    for name, module, parameter in _block_weights(model, known):
+        members = by_parameter.get(id(parameter), [])
+        done = sum(layer.shape.numel() for layer in members if layer.name in pruned)
+        result.coverage_counts.total += parameter.numel()
+        result.coverage_counts.pruned += done
+        if done < parameter.numel():
+            reasons = {reason(layer) for layer in members if layer.name not in pruned}
+            dense = DenseWeight(
+                name=name,
+                shape=tuple(parameter.shape),
+                num_weights=parameter.numel() - done,
+                reason=", ".join(sorted(reasons)) or _reason_without_layer(module),
+                is_intended=bool(reasons),
+            )
+            result.left_dense.append(dense)
+    result.left_dense.sort(key=lambda weight: -weight.num_weights)
+    _warn_about_unintended(result)
+
+
+def _warn_about_unintended(result: PruneResult) -> None:
+    unintended = [weight for weight in result.left_dense if not weight.is_intended]
+    share = sum(w.num_weights for w in unintended) / max(result.coverage_counts.total, 1)
+    if 1 - share < THRESHOLD:
+        largest = ", ".join(f"{w.name} ({w.reason})" for w in unintended[:5])
+        more = f" and {len(unintended) - 5} more" if len(unintended) > 5 else ""
+        warnings.warn(
+            f"{share:.0%} of the weights of the blocks were left dense although nothing excludes "
+            f"them: {largest}{more}. PruneResult.sparsity is that of the pruned layers only",
+            PruningWarning,
+            stacklevel=4,
+        )
+
+
+def _block_weights(
+    model: nn.Module, layers: Sequence[Layer]
+) -> Iterable[tuple[str, nn.Module, nn.Parameter]]:
+    """Yield the parameters of the decoder blocks, or of a model without any, with their modules.
+
+    Without vectors, and without embeddings, which are looked up and not multiplied by.
+    """
+    names: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    blocks = list(decoder_blocks(model, layers)) or [model]
+    seen: set[int] = set()
+    for block in blocks:
+        for module in block.modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                # the biases of packed experts are stacked vectors
+                is_vector = key.endswith("bias") or parameter.numel() == max(parameter.shape)
+                if id(parameter) in seen or is_vector or isinstance(module, nn.Embedding):
+                    continue
+                seen.add(id(parameter))
+                yield f"{names[module]}.{key}".lstrip("."), module, parameter
+
+
+def _reason_without_layer(module: nn.Module) -> str:
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "depthwise convolution"
+    return f"parameter of {type(module).__name__}, which is no layer"

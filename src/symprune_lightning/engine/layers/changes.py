@@ -1,0 +1,81 @@
+"""Changes of layers, and masks, by the parameters that store them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from symprune_lightning.engine.distributed.dtensor import local_tensor, shard_like
+from symprune_lightning.engine.layers.base import Layer
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """A change of a layer's weight, which can be applied again to a stored copy.
+
+    Attributes:
+        layer: The layer.
+        mask: Bool, ``(out_features, in_features)``, True = kept.
+        weight: The new weight; ``None`` if kept weights are unchanged.
+    """
+
+    layer: Layer
+    mask: Tensor
+    weight: Tensor | None
+
+    def __call__(self) -> None:
+        """Apply the change."""
+        if self.weight is None:
+            self.layer.mask_(self.mask)
+        else:
+            self.layer.copy_(self.weight)
+
+
+def zero_masks(
+    layers: Iterable[Layer], masks: Mapping[str, Tensor]
+) -> dict[tuple[nn.Module, str], Tensor]:
+    """Return where stored parameters are pruned, on this rank's shards.
+
+    One tensor for each parameter, also where a parameter holds many layers.
+
+    Args:
+        layers: The layers.
+        masks: Layer name to bool mask ``(out_features, in_features)``, True = kept.
+
+    Returns:
+        Module and parameter name to bool in the shape of the local parameter, True = pruned.
+    """
+    stored: dict[tuple[nn.Module, str], Tensor] = {}
+    parameters: dict[tuple[nn.Module, str], Tensor] = {}
+    for layer in layers:
+        key, parameter = (layer.module, layer.parameter_name), layer.parameter
+        if key not in stored:
+            stored[key] = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+            parameters[key] = parameter
+        layer.view(stored[key]).copy_(~masks[layer.name])
+    return {key: shard_like(pruned, parameters[key]) for key, pruned in stored.items()}
+
+
+def apply_changes(changes: Sequence[LayerChange]) -> None:
+    """Apply changes of layers; those of one sharded parameter together.
+
+    Each change of a shard distributes a tensor of the parameter's shape: one by one, the experts of
+    a packed parameter would do so for each of them.
+    """
+    by_parameter: dict[tuple[nn.Module, str], list[LayerChange]] = {}
+    for change in changes:
+        key = (change.layer.module, change.layer.parameter_name)
+        by_parameter.setdefault(key, []).append(change)
+    for group in by_parameter.values():
+        if len(group) == 1 or any(change.weight is not None for change in group):
+            for change in group:
+                change()
+            continue
+        layers = [change.layer for change in group]
+        pruned = zero_masks(layers, {c.layer.name: c.mask for c in group})
+        for mask in pruned.values():
+            with torch.no_grad():
+                local_tensor(layers[0].parameter).masked_fill_(mask, 0)

@@ -1,0 +1,132 @@
+"""Layers that are not pruned unless they are named: routers, output projections, adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from symprune_lightning.engine.layers.base import Layer
+
+OUTPUT_PROJECTION = "output projection"
+ROUTER = "router"
+ADAPTER = "adapter"
+PATCH_EMBEDDING = "patch embedding"
+MAX_IMAGE_CHANNELS = 4
+"""Input channels of images; convolutions between feature maps have more."""
+
+
+def exempt_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
+    """Return the layers that are not pruned by default, with the reason.
+
+    - Output projections: what ``get_output_embeddings`` returns, and layers named ``lm_head``.
+      Often tied to the embeddings, and sensitive.
+    - Routers: the gate of a mixture of experts, and the gate of its shared expert. Tiny, and an
+      error sends tokens to other experts.
+    - Adapters of peft: they are trained, and begin with zeros.
+    - Patch embeddings: convolutions that cut an image or a signal into patches without overlap.
+      They are for images what embeddings are for tokens.
+
+    Args:
+        model: The model.
+        layers: All its layers.
+
+    Returns:
+        Layer name to ``"output projection"``, ``"router"``, ``"adapter"`` or ``"patch embedding"``.
+    """
+    modules: dict[nn.Module, str] = {}
+    for finder, reason in (
+        (_output_projections, OUTPUT_PROJECTION),
+        (_routers, ROUTER),
+        (_adapters, ADAPTER),
+        (_patch_embeddings, PATCH_EMBEDDING),
+    ):
+        modules |= dict.fromkeys(finder(model, layers), reason)
+    exempt = {layer.name: modules[layer.module] for layer in layers if layer.module in modules}
+    for layer in layers:
+        if re.fullmatch(r"(.*\.)?lm_head(\..*)?", layer.name):
+            exempt.setdefault(layer.name, OUTPUT_PROJECTION)
+    return exempt
+
+
+def _output_projections(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        if callable(getter):
+            try:
+                head = getter()
+            except (AttributeError, NotImplementedError):  # a model without one
+                continue
+            if isinstance(head, nn.Module):
+                yield head
+
+
+def _adapters(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
+    for module in model.modules():
+        # by name, since peft is no dependency
+        if "BaseTunerLayer" in {cls.__name__ for cls in type(module).__mro__}:
+            base = getattr(module, "base_layer", None)
+            kept = set() if base is None else set(base.modules())
+            yield from (child for child in module.modules() if child not in kept)
+
+
+def _patch_embeddings(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
+    for layer in layers:
+        module = layer.module
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            is_patch = module.kernel_size == module.stride and max(module.kernel_size) > 1
+            if is_patch and module.in_channels <= MAX_IMAGE_CHANNELS:
+                yield module
+
+
+def _routers(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
+    """Yield the modules with layers that route tokens, found by structure.
+
+    A router is next to experts, and has one output for each of them.
+    """
+    by_module: dict[nn.Module, list[Layer]] = {}
+    for layer in layers:
+        by_module.setdefault(layer.module, []).append(layer)
+    for parent in model.modules():
+        for experts, count in _experts(parent, by_module):
+            for sibling in parent.children():
+                if sibling is not experts:
+                    yield from _routers_in(sibling, count, by_module, experts)
+
+
+def _experts(
+    parent: nn.Module, by_module: Mapping[nn.Module, Sequence[Layer]]
+) -> Iterator[tuple[nn.Module, int]]:
+    """Yield the children of a module that are experts, and their number."""
+    for name, child in parent.named_children():
+        packed = [
+            layer for m in child.modules() for layer in by_module.get(m, ()) if layer.is_routed
+        ]
+        if packed:
+            first = (packed[0].module, packed[0].parameter_name)
+            yield child, sum((x.module, x.parameter_name) == first for x in packed)
+        elif isinstance(child, nn.ModuleList | nn.ModuleDict):
+            is_named = "expert" in f"{name} {type(child).__name__}".lower()
+            if is_named and len(child) > 1:
+                yield child, len(child)
+
+
+def _routers_in(
+    sibling: nn.Module,
+    count: int,
+    by_module: Mapping[nn.Module, Sequence[Layer]],
+    experts: nn.Module,
+) -> Iterator[nn.Module]:
+    """Yield the modules of a sibling of experts that hold a router's layers."""
+    inside = [m for m in sibling.modules() if any(not x.is_routed for x in by_module.get(m, ()))]
+    shapes = [layer.shape for module in inside for layer in by_module[module]]
+    if sibling in by_module and len(shapes) == 1 and shapes[0][0] == 1:
+        yield sibling  # the gate of a shared expert
+    if re.search("router|gating", type(sibling).__name__, re.IGNORECASE):
+        yield from inside
+    elif any(rows == count for rows, _ in shapes):
+        # attention and shared experts return to the width of their input; routers do not
+        inputs = {columns for rows, columns in shapes if rows == count}
+        if not any(rows in inputs for rows, _ in shapes):
+            yield from inside

@@ -1,0 +1,114 @@
+"""Linear layers whose weight is a stack of matrices, each with inputs of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from symprune_lightning.engine.layers.base import Layer, LayerKind, Visit
+from symprune_lightning.engine.layers.stand_in import Listener, WatchedParameter, watch_uses
+
+
+@dataclass(frozen=True)
+class StackView:
+    """One matrix of a stack along the rows of a parameter.
+
+    Attributes:
+        index: Index of the matrix.
+        count: Number of matrices.
+    """
+
+    index: int
+    count: int
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        """Return the view ``(out_features, in_features)``."""
+        rows = len(parameter) // self.count
+        return parameter[self.index * rows : (self.index + 1) * rows]
+
+
+def num_groups(module: nn.Module) -> int:
+    """Return the number of groups of a grouped linear layer; 1 for any other module."""
+    names = {cls.__name__ for cls in type(module).__mro__}
+    # by name: the attribute alone does not say that the weight is used group by group
+    return int(module.n_groups) if "DeepseekV4GroupedLinear" in names else 1  # type: ignore[arg-type]
+
+
+class GroupedLinearKind(LayerKind):
+    """Linear layers whose outputs are divided into groups with inputs of their own.
+
+    As ``o_a_proj`` of DeepSeek-V4. Each group is a layer, named ``o_a_proj.0``.
+    """
+
+    def layers(self, name: str, module: nn.Module) -> list[Layer]:
+        """See `LayerKind`."""
+        count = num_groups(module)
+        if count == 1:
+            return []
+        views = [StackView(index, count) for index in range(count)]
+        return [Layer(f"{name}.{view.index}", module, self, view=view) for view in views]
+
+    def watch(
+        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
+    ) -> AbstractContextManager[None]:
+        """See `LayerKind`."""
+        return _watch(module, layers, lambda layer, x, _: visit(layer, x), None)
+
+    def watch_gradients(
+        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
+    ) -> AbstractContextManager[None]:
+        """See `LayerKind`."""
+        return _watch(module, layers, None, lambda layer, x, _: visit(layer, x))
+
+
+class AttentionInputKind(LayerKind):
+    """The packed input projection of ``nn.MultiheadAttention``.
+
+    The projections of queries, keys and values are layers, named ``in_proj_weight.0`` to ``.2``.
+    Its output projection is a `ReadLinearKind`.
+    """
+
+    def layers(self, name: str, module: nn.Module) -> list[Layer]:
+        """See `LayerKind`."""
+        is_packed = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
+        if not is_packed:
+            return []
+        key = "in_proj_weight"
+        prefix = f"{name}.{key}" if name else key
+        views = [StackView(index, 3) for index in range(3)]
+        return [Layer(f"{prefix}.{v.index}", module, self, key, view=v) for v in views]
+
+    def watch(
+        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
+    ) -> AbstractContextManager[None]:
+        """See `LayerKind`."""
+        return _watch(module, layers, lambda layer, x, _: visit(layer, x), None)
+
+    def watch_gradients(
+        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
+    ) -> AbstractContextManager[None]:
+        """See `LayerKind`.
+
+        The function of attention does not return the projections, so their gradients are not
+        observed, and the layers are reported as not reached.
+        """
+        return _watch(module, layers, None, None)
+
+
+def _watch(
+    module: nn.Module,
+    layers: Sequence[Layer],
+    on_input: Listener | None,
+    on_gradient: Listener | None,
+) -> AbstractContextManager[None]:
+    parameter = WatchedParameter(module, layers[0].parameter_name, is_stacked=True)
+    by_index = {_index(layer): layer for layer in layers}
+    return watch_uses(parameter, by_index, on_input, on_gradient)
+
+
+def _index(layer: Layer) -> int:
+    assert isinstance(layer.view, StackView)
+    return layer.view.index

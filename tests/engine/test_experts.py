@@ -1,0 +1,202 @@
+"""Mixtures of experts: every method, and every way to run it, with equal masks."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from symprune_lightning import (
+    PruneResult,
+    PruningError,
+    PruningHooks,
+    PruningWarning,
+    StreamedCheckpoint,
+    export_model,
+    prune_model,
+)
+from symprune_lightning.cli.verify import verify
+from symprune_lightning.engine.distributed.communicator import Communicator
+from symprune_lightning.engine.layers.find import all_layers, find_layers
+from symprune_lightning.engine.layers.select import prunable_layers
+from tests.groups import run_group
+from tests.models import MIXTURES, batches, build
+
+METHODS: dict[str, dict[str, Any]] = {
+    "wanda": {"score": "wanda"},
+    "stochria-block": {"score": "stochria", "calibration_order": "block"},
+    "ria-dense": {"score": "ria", "calibration_order": "dense"},
+    "r2dsnot": {"score": "ria", "refine": "r2dsnot"},
+    "exactswap-2:4": {"score": "ria", "refine": "exactswap", "pattern": "2:4"},
+    "maskedcg": {"score": "wanda", "update": "maskedcg"},
+    "sparsegpt": {"solver": "sparsegpt"},
+    "magnitude": {"score": "magnitude", "group": "layer"},
+    "owl": {"score": "wanda", "allocation": "owl"},
+}
+GRADIENT: dict[str, Any] = {"score": "gradientwanda", "group": "layer", "allocation": "sensitivity"}
+ALL: dict[str, Any] = {"score": "wanda", "experts": "all"}
+RECONSTRUCTED: dict[str, Any] = {"calibration_order": "block", "reconstruct": True}
+UNIFORM = [name for name in MIXTURES if name != "llama4"]
+
+
+def prune(model, *, size: int = 1, data=None, **options: Any) -> PruneResult:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PruningWarning)  # few tokens
+        data = batches(count=4, length=24) if data is None else data
+        if size > 1:
+            options["communicator"] = Communicator.from_default_group()
+            data = list(options["communicator"].shard(data))
+        return prune_model(model, data, **options)
+
+
+def masks_of(result: PruneResult) -> dict[str, torch.Tensor]:
+    return dict(result.masks.items())
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    wrong = [name for name in found if not torch.equal(found[name], expected[name])]
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_names_and_coverage(name):
+    model = build(name)
+    dense = copy.deepcopy(model)
+    result = prune(model, score="wanda")
+    experts = [report for report in result.layers if ".experts." in report.name]
+    blocks = sum("experts" in key for key in model.state_dict() if key.endswith("gate_up_proj"))
+    assert len(experts) == 2 * 4 * blocks  # two matrices of four experts
+    assert experts[3].name.endswith("experts.gate_up_proj.3")
+    assert result.coverage > 0.97
+    assert not [weight for weight in result.left_dense if "experts" in weight.name]
+    before = {layer.name: layer for layer in all_layers(dense)}
+    for layer in find_layers(model, result.masks):
+        mask = result.masks[layer.name]
+        assert ((~mask).sum(1) == mask.shape[1] // 2).all()
+        assert torch.equal(layer.matrix(), before[layer.name].matrix() * mask)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_model_is_as_before(name):
+    """No stand-in stays, the experts implementation is restored, outputs are those of the model."""
+    model = build(name)
+    model.config._experts_implementation = "eager"
+    attributes = {module: set(vars(module)) for module in model.modules()}
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    prune(model, score="wanda", experts="all" if name in UNIFORM else "routed")
+    assert {module: set(vars(module)) for module in model.modules()} == attributes
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert model.config._experts_implementation == "eager"
+    assert type(model.state_dict()[_packed(model)]) is torch.Tensor
+
+
+def _packed(model) -> str:
+    return next(key for key, p in model.named_parameters() if p.dim() == 3)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_routers_are_dense(name):
+    model = build(name)
+    routers = [layer.name for layer in all_layers(model) if "router" in layer.name]
+    assert not set(routers) & {layer.name for layer in prunable_layers(model)}
+    if routers:  # a Linear layer in Llama 4 only
+        assert prunable_layers(model, only=routers)[0].name == routers[0]
+        result = prune(model, score="wanda")
+        assert {w.reason for w in result.left_dense if "router" in w.name} == {"router"}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_export_is_loaded_bit_for_bit_and_verified(name, tmp_path):
+    model = build(name)
+    prune(model, score="wanda")
+    path = export_model(model, tmp_path / "pruned")
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+    assert not [check for check in verify(str(path)) if check.passed is False]
+
+
+class StopAfter(PruningHooks):
+    """Stops a run after some layers."""
+
+    def __init__(self, count: int) -> None:
+        self.remaining = count
+
+    def on_layer_pruned(self, report, mask):
+        self.remaining -= 1
+        if not self.remaining:
+            raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_has_equal_masks(method, tmp_path):
+    options = METHODS[method]
+    expected = prune(build("mixtral"), **options)
+    stop = StopAfter(len(expected.layers) - 2)
+    with pytest.raises(PruningError, match="stopped"):
+        prune(build("mixtral"), journal=tmp_path, hooks=[stop], **options)
+    again = build("mixtral")
+    result = prune(again, journal=tmp_path, **options)
+    assert_equal(masks_of(result), masks_of(expected))
+    assert result.is_applied_to(again)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_streamed_run_has_equal_masks_and_weights(name, tmp_path):
+    build(name).save_pretrained(tmp_path / "dense")
+    for method, options in METHODS.items():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        masks = masks_of(prune(expected, **options))
+        output = tmp_path / method.replace(":", "")
+        with StreamedCheckpoint(tmp_path / "dense", output) as checkpoint:
+            result = prune(checkpoint.model, placement=checkpoint, **options)
+            checkpoint.save({"sparsity": result.sparsity})
+        assert_equal(masks_of(result), masks)
+        loaded = AutoModelForCausalLM.from_pretrained(output).state_dict()
+        for key, value in expected.state_dict().items():
+            assert torch.equal(loaded[key], value), (method, key)
+
+
+def prune_on_ranks(rank: int, size: int, folder: Path, sharded: bool) -> None:
+    for name in MIXTURES:
+        for method, options in METHODS.items():
+            model = build(name)
+            if sharded:
+                mesh = init_device_mesh("cpu", (size,))
+                for block in model.model.layers:
+                    fully_shard(block, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            result = prune(model, size=size, **options)
+            assert result.is_applied_to(model), (name, method)
+            torch.save(masks_of(result), folder / f"{name}-{method}-{rank}.pt")
+    dist.barrier()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_ranks_have_equal_masks(sharded, tmp_path):
+    run_group(prune_on_ranks, 2, tmp_path, sharded)
+    for name in MIXTURES:
+        for method, options in METHODS.items():
+            expected = masks_of(prune(build(name), **options))
+            for rank in range(2):
+                assert_equal(torch.load(tmp_path / f"{name}-{method}-{rank}.pt"), expected)
+
+
+@pytest.mark.parametrize("options", [GRADIENT, RECONSTRUCTED], ids=["gradient", "reconstruct"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_gradients(name, options):
+    model = build(name)
+    result = prune(model, **options)
+    assert result.is_applied_to(model)
+    assert result.sparsity == pytest.approx(0.5, abs=0.01)
+    assert all(block.error_reconstructed <= block.error for block in result.blocks)
+    assert len(result.blocks) == (2 if options is RECONSTRUCTED else 0)
