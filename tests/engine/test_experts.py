@@ -10,16 +10,22 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from symprune_lightning import (
+    CalibrationDataModule,
+    CausalLMModule,
+    MaskedFinetuning,
     PruneResult,
     PruningError,
     PruningHooks,
     PruningWarning,
     StreamedCheckpoint,
+    SymPrune,
+    Trainer,
     export_model,
     prune_model,
 )
@@ -49,7 +55,7 @@ UNIFORM = [name for name in MIXTURES if name != "llama4"]
 
 def prune(model, *, size: int = 1, data=None, **options: Any) -> PruneResult:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PruningWarning)  # few tokens
+        warnings.simplefilter("ignore", PruningWarning)  # experts with few tokens, or none
         data = batches(count=4, length=24) if data is None else data
         if size > 1:
             options["communicator"] = Communicator.from_default_group()
@@ -200,3 +206,159 @@ def test_gradients(name, options):
     assert result.sparsity == pytest.approx(0.5, abs=0.01)
     assert all(block.error_reconstructed <= block.error for block in result.blocks)
     assert len(result.blocks) == (2 if options is RECONSTRUCTED else 0)
+
+
+class Counts(nn.Module):
+    """A mixture of experts of transformers, with a router that sends tokens where it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = build("mixtral").model.layers[0].mlp.experts
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return self.experts(x, index, torch.ones(index.shape))
+
+
+def routed(counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and indices that send this many tokens to each expert."""
+    index = torch.cat([torch.full((n, 1), i) for i, n in enumerate(counts)])
+    torch.manual_seed(len(counts))
+    return torch.randn(len(index), 32), index[torch.randperm(len(index))]
+
+
+def test_every_expert_sees_its_tokens():
+    result = prune_model(Counts(), [routed([5, 7, 9, 4]), routed([1, 0, 3, 8])], score="wanda")
+    tokens = {report.name: report.tokens for report in result.layers}
+    for name in ("gate_up_proj", "down_proj"):
+        assert [tokens[f"experts.{name}.{i}"] for i in range(4)] == [6, 7, 12, 12]
+
+
+def test_experts_without_tokens_are_left_dense_and_named():
+    model = Counts()
+    with pytest.warns(PruningWarning, match=r"still dense: experts.gate_up_proj.1, experts.down"):
+        result = prune_model(model, [routed([5, 0, 9, 4])], score="wanda")
+    assert result.unreached == ["experts.gate_up_proj.1", "experts.down_proj.1"]
+    assert (model.experts.down_proj[1] != 0).all()
+    assert result.coverage == pytest.approx(0.75)
+    reasons = {w.name: (w.num_weights, w.reason) for w in result.left_dense}
+    expected = (32 * 64, "not reached by any calibration batch")
+    assert reasons["experts.down_proj"] == expected
+
+
+@pytest.mark.parametrize("order", ["layer", "dense"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_experts_without_tokens_are_pruned_by_magnitude_on_request(order, method, tmp_path):
+    options = {"solver": method} if method == "sparsegpt" else {"score": method}
+    model = Counts()
+    dense = copy.deepcopy(model)
+    for _ in range(2):  # the second run restores the layers from the journal
+        with pytest.warns(PruningWarning, match="pruned by magnitude: experts.gate_up_proj.1"):
+            result = prune_model(
+                copy.deepcopy(dense) if _ else model,
+                [routed([5, 0, 9, 4])],
+                calibration_order=order,
+                unreached="magnitude",
+                journal=tmp_path,
+                **options,
+            )
+    assert result.pruned_by_magnitude == ["experts.gate_up_proj.1", "experts.down_proj.1"]
+    assert result.coverage == 1
+    assert result.is_applied_to(model)
+    prune_model(dense, [], score="magnitude")
+    assert torch.equal(model.experts.down_proj[1], dense.experts.down_proj[1])
+
+
+def test_few_tokens_for_a_gram_matrix_are_warned_about():
+    with pytest.warns(PruningWarning, match=r"fewer calibration tokens than they have inputs.*j.0"):
+        prune_model(Counts(), [routed([5, 80, 90, 70])], score="wanda", refine="exactswap")
+
+
+@pytest.mark.parametrize("order", ["layer", "block", "dense"])
+def test_all_tokens(order):
+    """Every expert is measured on all tokens, and computes those that are routed to it."""
+    model = Counts()
+    blocks = nn.ModuleList([model])
+    x, index = routed([5, 0, 9, 4])
+    expected = model(x, index)
+
+    def forward(module: nn.Module, batch: Any) -> torch.Tensor:
+        return module[0](*batch)
+
+    result = prune_model(
+        blocks,
+        [(x, index)],
+        score="wanda",
+        experts="all",
+        calibration_order=order,
+        forward=forward,
+        only=["re:.*gate_up_proj.*"],
+    )
+    assert {report.tokens for report in result.layers} == {18}
+    masks = masks_of(result)
+    norm = x.square().sum(0)
+    for i in range(4):
+        weight = build("mixtral").model.layers[0].mlp.experts.gate_up_proj[i]
+        order_of = (weight.abs() * norm.sqrt()).argsort(dim=1, stable=True)
+        mask = torch.ones_like(weight, dtype=torch.bool).scatter_(1, order_of[:, :16], value=False)
+        assert torch.equal(masks[f"0.experts.gate_up_proj.{i}"], mask)
+    with torch.no_grad():
+        assert not torch.equal(model(x, index), expected)
+
+
+def test_all_tokens_needs_the_uniform_class():
+    with pytest.raises(ValueError, match="experts='all' needs experts of the uniform class"):
+        prune(build("llama4"), experts="all")
+
+
+def test_padding_is_not_measured():
+    """Masks are those of the batches without their padding."""
+    tokens = batches(count=3, length=24)
+    padded = []
+    for batch in tokens:
+        ids = torch.cat([batch["input_ids"], torch.full((2, 8), 5)], 1)
+        mask = torch.cat([torch.ones(2, 24), torch.zeros(2, 8)], 1).long()
+        padded.append({"input_ids": ids, "attention_mask": mask})
+    for name in MIXTURES:
+        expected = prune(build(name), data=tokens, score="wanda")
+        result = prune(build(name), data=padded, score="wanda")
+        counts = [report.tokens for report in expected.layers]
+        assert [report.tokens for report in result.layers] == counts, name
+
+
+def test_masked_finetuning_revives_no_weight(tmp_path):
+    module = CausalLMModule(build("qwen3_moe"), learning_rate=1e-3)
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[SymPrune("wanda", when="fit_start"), MaskedFinetuning()],
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        logger=False,
+        max_steps=20,
+    )
+    rows = torch.randint(3, 64, (24, 16), generator=torch.Generator().manual_seed(2)).tolist()
+    data = CalibrationDataModule(
+        rows, sequences=8, sequence_length=16, training_sequences=8, evaluation_sequences=8
+    )
+    before = {k: v.clone() for k, v in module.model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PruningWarning)
+        trainer.fit(module, datamodule=data)
+    masks = find_finetuning_masks(trainer)
+    assert any("experts" in name for name in masks)
+    for layer in find_layers(module.model, masks):
+        assert not layer.matrix()[~masks[layer.name]].any()
+        assert not torch.equal(layer.matrix(), before_of(layer, before))
+
+
+def find_finetuning_masks(trainer: Any) -> Any:
+    return next(c for c in trainer.callbacks if isinstance(c, MaskedFinetuning)).masks
+
+
+def before_of(layer: Any, before: dict[str, torch.Tensor]) -> torch.Tensor:
+    name = (
+        layer.name.removesuffix(f".{layer.name.split('.')[-1]}")
+        if layer.is_routed
+        else (f"{layer.name}.weight")
+    )
+    return layer.view(before[name])

@@ -44,14 +44,17 @@ def record_coverage(model: nn.Module, layers: Sequence[Layer], result: PruneResu
     for name, module, parameter in _block_weights(model, known):
         members = by_parameter.get(id(parameter), [])
         done = sum(layer.shape.numel() for layer in members if layer.name in pruned)
-        result.coverage_counts.total += parameter.numel()
+        # LongCat has matrices for experts that return their input, which it does not use
+        size = parameter.numel()
+        used = min(sum(layer.shape.numel() for layer in members), size) if members else size
+        result.coverage_counts.total += used
         result.coverage_counts.pruned += done
-        if done < parameter.numel():
+        if done < used:
             reasons = {reason(layer) for layer in members if layer.name not in pruned}
             dense = DenseWeight(
                 name=name,
                 shape=tuple(parameter.shape),
-                num_weights=parameter.numel() - done,
+                num_weights=used - done,
                 reason=", ".join(sorted(reasons)) or _reason_without_layer(module),
                 is_intended=bool(reasons),
             )

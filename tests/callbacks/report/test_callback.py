@@ -62,11 +62,12 @@ def test_figures_are_those_of_the_manifest(tmp_path, order):
         assert f"{metrics['dense'][name]:.4f} → {value:.4f}" in page.bold
     assert f"{100 * manifest['sparsity']:.2f} %" in page.bold
     cells = [c for c in page.cells if c]
-    rows = [cells[i : i + 7] for i in range(0, len(cells), 7)]
+    rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]
     assert len(rows) == 14
     for row, layer in zip(rows, manifest["layers"], strict=True):
         assert row[0] == layer["name"]
-        assert row[2:6] == [
+        assert row[2:7] == [
+            str(layer["tokens"]),
             f"{layer['sparsity']:.4f}",
             f"{layer['error']:.4f}",
             f"{layer['error_refined']:.4f}",

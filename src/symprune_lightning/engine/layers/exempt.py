@@ -83,44 +83,52 @@ def _patch_embeddings(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.
 def _routers(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
     """Yield the modules with layers that route tokens, found by structure.
 
-    A router is next to experts, and has one output for each of them.
+    A router is next to experts, or next to the module that holds them, and has one output for each
+    of them.
     """
     by_module: dict[nn.Module, list[Layer]] = {}
     for layer in layers:
         by_module.setdefault(layer.module, []).append(layer)
-    for parent in model.modules():
-        for experts, count in _experts(parent, by_module):
+    parents = {child: module for module in model.modules() for child in module.children()}
+    for experts, count in _experts(model, by_module):
+        inner = experts
+        for _ in range(2):
+            parent = parents.get(inner)
+            # the children of a container are alike, and no parts of one module
+            if parent is None or isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+                break
             for sibling in parent.children():
-                if sibling is not experts:
-                    yield from _routers_in(sibling, count, by_module, experts)
+                if sibling is not inner:
+                    yield from _routers_in(sibling, count, by_module)
+            inner = parent
 
 
 def _experts(
-    parent: nn.Module, by_module: Mapping[nn.Module, Sequence[Layer]]
+    model: nn.Module, by_module: Mapping[nn.Module, Sequence[Layer]]
 ) -> Iterator[tuple[nn.Module, int]]:
-    """Yield the children of a module that are experts, and their number."""
-    for name, child in parent.named_children():
-        packed = [
-            layer for m in child.modules() for layer in by_module.get(m, ()) if layer.is_routed
-        ]
-        if packed:
-            first = (packed[0].module, packed[0].parameter_name)
-            yield child, sum((x.module, x.parameter_name) == first for x in packed)
-        elif isinstance(child, nn.ModuleList | nn.ModuleDict):
-            is_named = "expert" in f"{name} {type(child).__name__}".lower()
-            if is_named and len(child) > 1:
-                yield child, len(child)
+    """Yield modules that hold experts, and their number."""
+    for module, members in by_module.items():
+        if members[0].is_routed:
+            yield module, sum(x.parameter_name == members[0].parameter_name for x in members)
+    for name, module in model.named_modules():
+        is_container = isinstance(module, nn.ModuleList | nn.ModuleDict)
+        # by name: lists of blocks look alike
+        is_named = "expert" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+        if is_container and is_named and len(module) > 1:
+            yield module, len(module)
 
 
 def _routers_in(
     sibling: nn.Module,
     count: int,
     by_module: Mapping[nn.Module, Sequence[Layer]],
-    experts: nn.Module,
 ) -> Iterator[nn.Module]:
     """Yield the modules of a sibling of experts that hold a router's layers."""
-    inside = [m for m in sibling.modules() if any(not x.is_routed for x in by_module.get(m, ()))]
-    shapes = [layer.shape for module in inside for layer in by_module[module]]
+    inside = [module for module in sibling.modules() if module in by_module]
+    members = [layer for module in inside for layer in by_module[module]]
+    if any(layer.is_routed for layer in members):
+        return  # it has experts of its own, and their router
+    shapes = [layer.shape for layer in members]
     if sibling in by_module and len(shapes) == 1 and shapes[0][0] == 1:
         yield sibling  # the gate of a shared expert
     if re.search("router|gating", type(sibling).__name__, re.IGNORECASE):

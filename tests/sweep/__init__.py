@@ -1,0 +1,1 @@
+"""Every architecture of transformers at tiny size: masks, coverage, export."""
