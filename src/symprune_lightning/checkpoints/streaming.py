@@ -111,6 +111,7 @@ class StreamedCheckpoint(WeightPlacement):
         self._written: dict[str, str] = {}
         self._conversion = CheckpointConversion(model, self._source, self._files)
         self._check_names()
+        self._check_blocks()
 
     def __enter__(self) -> Self:
         self._folder = self._stack.enter_context(atomic_directory(check_destination(self._output)))
@@ -243,16 +244,26 @@ class StreamedCheckpoint(WeightPlacement):
         if masks:
             save_masks(self._folder / FOLDER / f"masks-{number:05}.safetensors", masks)
 
-    def _check_names(self) -> None:
+    def _check_blocks(self) -> None:
+        """Refuse blocks with a common weight, which would be freed with the first of them."""
+        owners: dict[int, nn.Module] = {}
         for block in self.blocks:
-            for key, _ in block.named_parameters():
-                name = f"{self._names[block]}.{key}"
-                if name not in self._conversion:
+            for key, parameter in block.named_parameters():
+                if owners.setdefault(id(parameter), block) is not block:
                     raise ValueError(
-                        f"{self._source} has no tensor for {name} of {type(self.model).__name__}, "
-                        f"neither of this name nor one that transformers converts to it: load the "
-                        f"full model instead of streaming it"
+                        f"{self._names[block]}.{key} of {type(self.model).__name__} is shared by "
+                        f"several blocks: load the full model instead of streaming it"
                     )
+
+    def _check_names(self) -> None:
+        tied = self.model.get_expanded_tied_weights_keys(all_submodels=True)
+        for name, _ in self.model.named_parameters():
+            if name not in self._conversion and name not in tied:
+                raise ValueError(
+                    f"{self._source} has no tensor for {name} of {type(self.model).__name__}, "
+                    f"neither of this name nor one that transformers converts to it: load the full "
+                    f"model instead of streaming it"
+                )
 
 
 def _source_folder(source: str | Path) -> Path:
