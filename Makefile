@@ -16,16 +16,16 @@ install: .venv/installed
 	touch $@
 
 demo: install  ## prune SmolLM2-135M-Instruct, evaluate it before and after, write checkpoint and report
-	$(BIN)/symprune prune --config ria-exactswap --model.pretrained "$(MODEL)" --output runs/demo --trainer.callbacks+=symprune_lightning.Report
+	$(BIN)/symprune prune --config best --model.pretrained "$(MODEL)" --output runs/demo --trainer.callbacks+=symprune_lightning.Report
 
-test: lint docs  ## everything: lint, types, documentation, all tests
-	$(BIN)/pytest
+test: lint docs  ## everything: lint, types, documentation, all tests; a process for each core
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 docs: install  ## the site, to runs/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir runs/site
 
 fast: install  ## the tests that take seconds
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow"
 
 sweep: install  ## every architecture of transformers at tiny size; half an hour
 	SYMPRUNE_SWEEP=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/sweep

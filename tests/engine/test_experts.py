@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,8 +28,10 @@ from symprune_lightning import (
     SymPrune,
     Trainer,
     export_model,
+    load_masks,
     prune_model,
 )
+from symprune_lightning.checkpoints.manifest import read_manifest
 from symprune_lightning.cli.verify import verify
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.layers.find import all_layers, find_layers
@@ -129,6 +132,15 @@ def test_export_is_loaded_bit_for_bit_and_verified(name, tmp_path):
     for key, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key]), key
     assert not [check for check in verify(str(path)) if check.passed is False]
+    with safe_open(path / "model.safetensors", "pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    manifest = read_manifest(path)
+    masks = load_masks(path)
+    for layer, tensors in manifest["tensors"].items():
+        zeros = sum(int((stored[tensor] == 0).sum()) for tensor in tensors)
+        assert zeros == int((~masks[layer]).sum()), layer
+    if name in ("mixtral", "qwen3_moe", "deepseek_v3"):
+        assert len(manifest["tensors"]) == sum(".experts." in layer for layer in masks)
 
 
 class StopAfter(PruningHooks):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,6 +26,8 @@ from transformers.core_model_loading import (
 )
 
 from symprune_lightning.checkpoints.weight_files import read_tensors
+from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.find import find_layers
 
 
 @dataclass
@@ -124,3 +127,39 @@ def _group_sources(
             groups[target] = _Group(target, converter)
         groups[target].sources.append((name, pattern or name))
     return {key: group for group in list(groups.values()) for key in group.targets}
+
+
+def stored_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
+    """Return which tensors of a saved checkpoint hold the layers whose tensors have other names.
+
+    transformers saves packed experts as it found them: often one tensor or two for each expert.
+
+    Args:
+        model: The model.
+        names: Names of layers.
+
+    Returns:
+        Layer name to tensor names, for packed experts that are converted.
+    """
+    packed: dict[str, list[Layer]] = {}
+    prefixes = {module: name for name, module in model.named_modules()}
+    for layer in find_layers(model, names):
+        if layer.is_routed:
+            key = f"{prefixes[layer.module]}.{layer.parameter_name}"
+            packed.setdefault(key, []).append(layer)
+    tensors: dict[str, list[str]] = {}
+    for key, layers in packed.items():
+        shape = layers[0].parameter.shape
+        # every matrix holds the number of its expert, without memory for its entries
+        numbers = torch.arange(shape[0], dtype=torch.int32)
+        marked = numbers.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+        reverted = revert_weight_conversion(model, {key: marked})
+        if key in reverted:
+            continue
+        holders: dict[int, list[str]] = {}
+        for name, tensor in reverted.items():
+            holders.setdefault(int(tensor.flatten()[0]), []).append(name)
+        for layer in layers:
+            number = int(layer.name.rpartition(".")[2])
+            tensors[layer.name] = sorted(holders.get(number, []))
+    return tensors

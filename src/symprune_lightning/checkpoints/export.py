@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from symprune_lightning.checkpoints.conversion import stored_tensors
 from symprune_lightning.checkpoints.manifest import MANIFEST, build_manifest, write_manifest
 from symprune_lightning.checkpoints.masks import FILE, FOLDER, infer_masks, save_masks
 from symprune_lightning.checkpoints.pretrained import Processor, local_folder
@@ -100,7 +101,7 @@ def save_checkpoint(
             if tokenizer is not None:
                 tokenizer.save_pretrained(tmp)
             save_masks(tmp / FOLDER / FILE, masks)
-            write_manifest(tmp, manifest)
+            write_manifest(tmp, {**manifest, "tensors": stored_tensors(model, masks)})
         except (SafetensorError, OSError) as error:
             raise OSError(
                 f"cannot write the checkpoint {path}: {error}. Its contents have not changed"

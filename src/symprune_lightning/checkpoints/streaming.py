@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from symprune_lightning.checkpoints.conversion import CheckpointConversion
+from symprune_lightning.checkpoints.conversion import CheckpointConversion, stored_tensors
 from symprune_lightning.checkpoints.export import check_destination
 from symprune_lightning.checkpoints.manifest import write_manifest
 from symprune_lightning.checkpoints.masks import FOLDER, save_masks
@@ -201,7 +201,9 @@ class StreamedCheckpoint(WeightPlacement):
             "weight_map": dict(sorted(self._written.items())),
         }
         (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        write_manifest(self._folder, manifest)
+        names = [layer.name for layers in self._layers_of.values() for layer in layers]
+        tensors = stored_tensors(self.model, names)
+        write_manifest(self._folder, {**manifest, "tensors": tensors})
         self._saved = True
 
     def _load(self, module: nn.Module, name: str, *, recurse: bool) -> None:

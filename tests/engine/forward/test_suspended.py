@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import contextvars
+import copy
+import warnings
 
 import greenlet
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from symprune_lightning.engine.forward.calibration import Calibration
@@ -15,7 +18,7 @@ from symprune_lightning.engine.layers.select import prunable_layers
 from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.prune import prune_model
 from symprune_lightning.errors import PruningError, PruningWarning
-from tests.models import batches, build, mlp
+from tests.models import DECODER, batches, build, mlp
 
 ORDERS = ("layer", "block", "dense")
 
@@ -378,3 +381,73 @@ def test_statistics_are_in_float32_under_autocast():
         for options in ({}, {"forward": forward})
     )
     assert plain.layers[0].error_refined == pytest.approx(cast.layers[0].error_refined, rel=1e-6)
+
+
+@pytest.mark.parametrize("feature_layer", [-1, -2, 1, [-2, 1]])
+def test_a_model_that_collects_hidden_states_of_its_blocks(feature_layer):
+    """The measuring call of a block does not run the hooks that collect them."""
+    text = {**DECODER, "model_type": "llama"}
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    config = tf.LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=60,
+        vision_feature_layer=feature_layer,
+    )
+    torch.manual_seed(0)
+    model = tf.LlavaForConditionalGeneration(config).eval()
+    ids = torch.cat([torch.full((2, 16), 60), torch.randint(3, 50, (2, 8))], 1)
+    data = [{"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)} for _ in range(3)]
+    seen = []
+    projection = model.model.multi_modal_projector.linear_1
+    handle = projection.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    only = ["re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PruningWarning)  # blocks after the features
+        prune_model(model, data, score="wanda", calibration_order="block", only=only)
+    during, seen[:] = seen[:3], []
+    with torch.no_grad():
+        for batch in data:
+            model(**batch)
+    handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(during, seen, strict=True))
+
+
+def test_a_cache_in_the_arguments_of_a_block_is_not_filled_twice():
+    config = tf.XLMConfig(
+        vocab_size=64, emb_dim=32, n_layers=2, n_heads=4, causal=True, max_vocab=-1
+    )
+    torch.manual_seed(0)
+    model = tf.XLMWithLMHeadModel(config).eval()
+    dense = copy.deepcopy(model)
+    result = prune_model(model, batches(), score="wanda", calibration_order="block")
+    assert result.is_applied_to(model)
+    assert len(result.layers) == len(prune_model(dense, batches(), score="wanda").layers)
+
+
+def test_attention_of_torch():
+    """Its projections are no calls of their own."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(3, 5, 16)
+    dense = copy.deepcopy(model)
+    result = prune_model(model, [x], score="wanda")
+    assert result.coverage == 1
+    assert result.unreached == []
+    assert {name for name in result.masks if "attn" in name} == {
+        *(f"self_attn.in_proj_weight.{i}" for i in range(3)),
+        "self_attn.out_proj",
+    }
+    score = dense.self_attn.in_proj_weight.abs() * x.square().sum((0, 1)).sqrt()
+    kept = torch.ones_like(score, dtype=torch.bool)
+    kept.scatter_(1, score.argsort(dim=1, stable=True)[:, :8], value=False)
+    parts = [result.masks[f"self_attn.in_proj_weight.{i}"] for i in range(3)]
+    assert torch.equal(torch.cat(parts), kept)

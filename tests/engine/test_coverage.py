@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from symprune_lightning import PruningWarning, prune_model
+from tests.models import batches, build
+
+
+class Own(nn.Module):
+    """A block that multiplies by a parameter in its own way."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+        self.mixing = nn.Parameter(torch.randn(width, 8))
+        self.scale = nn.Parameter(torch.ones(1, 1, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.scale + (x @ self.mixing.T).mean(-1, keepdim=True)
+
+
+def test_a_dense_model_is_covered_in_full():
+    result = prune_model(build("llama"), batches(), score="wanda")
+    assert result.coverage == 1
+    assert result.left_dense == []
+
+
+def test_weights_without_a_layer_are_counted_named_and_warned_about():
+    model = nn.ModuleList([Own(8), Own(8)])
+    with pytest.warns(PruningWarning, match=r"50% of the weights.*0.mixing \(parameter of Own"):
+        result = prune_model(
+            model, [torch.randn(4, 8)], score="wanda", forward=lambda m, x: m[1](m[0](x))
+        )
+    assert result.coverage == 0.5
+    assert [(w.name, w.num_weights) for w in result.left_dense] == [
+        ("0.mixing", 64),
+        ("1.mixing", 64),
+    ]
+    assert result.sparsity == 0.5
+
+
+def test_what_the_settings_exclude_is_named_and_not_warned_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = prune_model(build("llama"), batches(), score="wanda", ignore=["re:.*mlp.*"])
+    assert result.coverage < 0.5
+    assert {weight.reason for weight in result.left_dense} == {"ignored"}
+    assert all("mlp" in weight.name for weight in result.left_dense)
+
+
+def test_a_small_remainder_is_not_warned_about():
+    model = nn.ModuleList([nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), Own(2)])
+    model[1].linear = nn.Linear(64, 64, bias=False)
+    model[1].mixing = nn.Parameter(torch.randn(2, 64))
+    model[1].scale = nn.Parameter(torch.ones(1, 1, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = prune_model(
+            model, [torch.randn(4, 64)], score="wanda", forward=lambda m, x: m[1](m[0](x))
+        )
+    assert 0.95 < result.coverage < 1
+
+
+def test_a_model_without_blocks_is_measured_as_a_whole():
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(24, 4))
+    with pytest.warns(PruningWarning, match="depthwise convolution"):
+        result = prune_model(model, [torch.randn(2, 4, 8)], score="wanda")
+    assert result.coverage == 96 / (96 + 12)
+    assert result.left_dense[0].reason == "depthwise convolution"
