@@ -402,3 +402,25 @@ def before_of(layer: Any, before: dict[str, torch.Tensor]) -> torch.Tensor:
         else (f"{layer.name}.weight")
     )
     return layer.view(before[name])
+
+
+def test_an_expert_that_only_the_gradients_miss():
+    """It is pruned as by Wanda: all its outputs count the same."""
+
+    def forward(module: nn.Module, batch: Any) -> torch.Tensor:
+        return module(*batch)
+
+    data = [routed([5, 0, 9, 4]), routed([2, 8, 3, 4])]
+    options: dict[str, Any] = {"group": "layer", "forward": forward}
+    result = prune_model(
+        Counts(),
+        data,
+        score="gradientwanda",
+        gradient_batches=1,
+        loss=lambda module, batch: module(*batch).square().sum(),
+        **options,
+    )
+    expected = prune_model(Counts(), data, score="wanda", **options)
+    name = "experts.gate_up_proj.1"
+    assert torch.equal(result.masks[name], expected.masks[name])
+    assert not torch.equal(result.masks["experts.gate_up_proj.0"], expected.masks[name])

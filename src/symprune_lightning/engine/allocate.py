@@ -122,7 +122,9 @@ class AllocationResolver:
             for layer in complete:
                 with prefix_errors(layer):
                     stats = recorder.statistics(layer.name) if needs else Statistics()
-                    metrics[layer.name] = metric(layer, add_gradient(stats, self.sensitivity))
+                    metrics[layer.name] = metric(
+                        layer, add_gradient(layer, stats, self.sensitivity)
+                    )
             recorder.release(layer.name for layer in complete)
 
         if self.sensitivity and needs <= {"input", "output_gradient"}:

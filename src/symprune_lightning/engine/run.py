@@ -215,7 +215,7 @@ class PruningRun:
     def _statistics(self, layer: Layer) -> Statistics:
         if self._recorder is None:
             return Statistics(layer=layer.name)
-        return add_gradient(self._recorder.statistics(layer.name), self.sensitivity)
+        return add_gradient(layer, self._recorder.statistics(layer.name), self.sensitivity)
 
     def _prune_group(self, layers: Sequence[Layer]) -> None:
         """Prune layers that compete with one another."""

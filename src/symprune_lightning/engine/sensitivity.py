@@ -153,11 +153,20 @@ def _reduced(
             )
 
 
-def add_gradient(statistics: Statistics, sensitivity: Mapping[str, Statistics]) -> Statistics:
-    """Return the statistics of a layer with its ``output_gradient``, if that was measured."""
-    if statistics.layer not in sensitivity:
+def add_gradient(
+    layer: Layer, statistics: Statistics, sensitivity: Mapping[str, Statistics]
+) -> Statistics:
+    """Return the statistics of a layer with its ``output_gradient``, if gradients were measured.
+
+    The dense model may send no token to an expert that is measured later, on other tokens: all its
+    outputs then count the same.
+    """
+    if not sensitivity:
         return statistics
-    gradient = sensitivity[statistics.layer].output_gradient
+    if layer.name in sensitivity:
+        gradient = sensitivity[layer.name].output_gradient
+    else:
+        gradient = torch.ones(layer.shape[0], device=layer.parameter.device)
     return replace(statistics, output_gradient=gradient)
 
 
