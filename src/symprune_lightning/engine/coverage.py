@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from symprune_lightning.engine.layers.base import Layer
-from symprune_lightning.engine.layers.exempt import exempt_layers
+from symprune_lightning.engine.layers.exempt import ROUTER, exempt_layers, is_router_class
 from symprune_lightning.engine.layers.find import all_layers
 from symprune_lightning.engine.layers.select import decoder_blocks
 from symprune_lightning.engine.result import DenseWeight, PruneResult
@@ -51,12 +51,13 @@ def record_coverage(model: nn.Module, layers: Sequence[Layer], result: PruneResu
         result.coverage_counts.pruned += done
         if done < used:
             reasons = {reason(layer) for layer in members if layer.name not in pruned}
+            reasons = reasons or {_reason_without_layer(module)}
             dense = DenseWeight(
                 name=name,
                 shape=tuple(parameter.shape),
                 num_weights=used - done,
-                reason=", ".join(sorted(reasons)) or _reason_without_layer(module),
-                is_intended=bool(reasons),
+                reason=", ".join(sorted(reasons)),
+                is_intended=bool(members) or reasons == {ROUTER},
             )
             result.left_dense.append(dense)
     result.left_dense.sort(key=lambda weight: -weight.num_weights)
@@ -101,4 +102,6 @@ def _block_weights(
 def _reason_without_layer(module: nn.Module) -> str:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "depthwise convolution"
+    if is_router_class(module):
+        return ROUTER
     return f"parameter of {type(module).__name__}, which is no layer"

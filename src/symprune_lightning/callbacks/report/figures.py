@@ -216,6 +216,7 @@ def _heat_map(experts: Mapping[str, Sequence[int]]) -> Figure:
     image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     axes.set_yticks(range(len(rows)), [".".join(name.split(".")[-5:]) for name in experts])
     axes.tick_params(axis="y", labelsize=6)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("expert", fontsize=8)
     bar = figure.colorbar(image, ax=axes)
     bar.ax.tick_params(colors=GRAY, labelsize=7)

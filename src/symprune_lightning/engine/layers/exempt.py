@@ -103,6 +103,11 @@ def _routers(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
             inner = parent
 
 
+def is_router_class(module: nn.Module) -> bool:
+    """Return whether the name of a module's class says that it routes tokens."""
+    return re.search("router|gating", type(module).__name__, re.IGNORECASE) is not None
+
+
 def _experts(
     model: nn.Module, by_module: Mapping[nn.Module, Sequence[Layer]]
 ) -> Iterator[tuple[nn.Module, int]]:
@@ -131,7 +136,7 @@ def _routers_in(
     shapes = [layer.shape for layer in members]
     if sibling in by_module and len(shapes) == 1 and shapes[0][0] == 1:
         yield sibling  # the gate of a shared expert
-    if re.search("router|gating", type(sibling).__name__, re.IGNORECASE):
+    if is_router_class(sibling):
         yield from inside
     elif any(rows == count for rows, _ in shapes):
         # attention and shared experts return to the width of their input; routers do not
