@@ -92,3 +92,22 @@ def test_configure_model_loads_the_model_once(tmp_path):
 def test_hyperparameters_exclude_a_loaded_model(tmp_path):
     assert CausalLMModule(str(tmp_path)).hparams["pretrained"] == str(tmp_path)
     assert "pretrained" not in CausalLMModule(build("llama")).hparams
+
+
+def test_padding_on_the_left_is_not_evaluated():
+    """Neither padding nor the first token, which padding would predict."""
+    module = CausalLMModule(build("llama"))
+    tokens = torch.randint(3, 60, (1, 5), generator=torch.Generator().manual_seed(0))
+    padding = torch.zeros(1, 4, dtype=torch.long)
+    real = torch.ones_like(tokens)
+    left = {
+        "input_ids": torch.cat([padding, tokens], 1),
+        "attention_mask": torch.cat([padding, real], 1),
+    }
+    right = {
+        "input_ids": torch.cat([tokens, padding], 1),
+        "attention_mask": torch.cat([real, padding], 1),
+    }
+    losses = [module.training_step(b, 0) for b in ({"input_ids": tokens}, right, left)]
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0], atol=1e-3, rtol=0)  # positions are shifted

@@ -393,7 +393,10 @@ class CausalLMModule(TransformersModule):
         if labels is None:
             labels = batch["input_ids"]
             if "attention_mask" in batch:
-                labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
+                is_padding = batch["attention_mask"] == 0
+                # neither padding nor what padding on the left would predict: the first token
+                follows_padding = F.pad(is_padding[:, :-1], (1, 0), value=False)
+                labels = labels.masked_fill(is_padding | follows_padding, IGNORE_INDEX)
         return _next_labels(labels)
 
 

@@ -17,6 +17,7 @@ from symprune_lightning.engine.distributed.dtensor import local_tensor, shard_li
 from symprune_lightning.engine.forward.batch import set_thread_modes, thread_modes
 from symprune_lightning.engine.forward.block import BlockCall, call_on_copies, first_tensor
 from symprune_lightning.engine.forward.calibration import Calibration
+from symprune_lightning.engine.forward.padding import aligned
 from symprune_lightning.engine.forward.targets import BlockTargets
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
@@ -282,8 +283,9 @@ def _relative_error(output: Tensor, target: Tensor, valid: Tensor | None) -> tup
     mean = energy.mean()
     # a token that the block zeroes has no scale of its own
     relative = difference / energy.clamp_min(1e-6 * mean).clamp_min(TINY)
-    if valid is not None and valid.numel() == relative.numel():
-        relative = relative[valid.view_as(relative)]
+    kept = aligned(valid, relative.shape)
+    if kept is not None:
+        relative = relative[kept]
     scale = relative.numel() * math.sqrt(float(mean))
     is_usable = math.isfinite(scale) and scale > 0
     return relative.mean(), 2.0 ** round(math.log2(scale)) if is_usable else 1.0

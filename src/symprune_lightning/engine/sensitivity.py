@@ -14,8 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.dtensor import is_dtensor
-from symprune_lightning.engine.forward.batch import valid_tokens
 from symprune_lightning.engine.forward.calibration import Calibration, logits_of
+from symprune_lightning.engine.forward.padding import valid_tokens
 from symprune_lightning.engine.forward.recorder import drop_padding, valid_rows
 from symprune_lightning.engine.forward.sums import InputMoments
 from symprune_lightning.engine.layers.base import Layer, Tokens, watch_layers
@@ -74,7 +74,7 @@ def measure_sensitivity(
     with torch.enable_grad(), _frozen(calibration.model), watched:
         for number, batch in _numbered(calibration, max_batches):
             count += 1
-            valid = valid_tokens(batch)
+            valid = valid_tokens(batch, calibration.model)
             if loss is None:
                 total = _drawn_loss(calibration, batch, number)
             else:
@@ -105,7 +105,7 @@ def _drawn_loss(calibration: Calibration, batch: Any, number: int) -> Tensor:
             f"sensitivity needs logits, and forward returned {type(output).__name__}: pass "
             f"loss=, or define calibration_loss(batch) in the LightningModule"
         )
-    mask = valid_tokens(batch)
+    mask = valid_tokens(batch, calibration.model)
     flat = logits.flatten(0, -2)
     if mask is not None and mask.numel() == len(flat):
         flat = flat[mask.flatten()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -88,14 +88,6 @@ def current_batch() -> SuspendedBatch | None:
 def exit_forward() -> None:
     """End the forward of the running batch without an error."""
     raise greenlet.GreenletExit
-
-
-def valid_tokens(data: Any) -> Tensor | None:
-    """Return which tokens of a batch are real, if its ``attention_mask`` marks some as padding."""
-    mask = data.get("attention_mask") if isinstance(data, Mapping) else None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all():
-        return mask.bool().clone()  # a copy: the tensors of a loader may be of inference mode
-    return None
 
 
 def thread_modes() -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from symprune_lightning.engine.forward.offload import OffloadedTensor
+from symprune_lightning.engine.forward.padding import aligned
 
 HIDDEN_STATES = "hidden_states"
 """Name of the hidden states among the keyword arguments, as in transformers."""
@@ -43,10 +44,9 @@ class BlockCall:
     @property
     def num_tokens(self) -> int:
         """Number of tokens that are not padding; the target may be offloaded."""
-        tokens = math.prod(self.target.shape[:-1])
-        if self.valid is not None and self.valid.numel() == tokens:
-            return int(self.valid.sum())
-        return tokens
+        axes = self.target.shape[:-1]
+        valid = aligned(self.valid, axes)
+        return math.prod(axes) if valid is None else int(valid.sum())
 
     @contextmanager
     def loaded(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
 from symprune_lightning.engine.distributed.dtensor import full_tensor, local_tensor
+from symprune_lightning.engine.forward.padding import aligned
 from symprune_lightning.engine.forward.sums import INPUT_SUMS, InputMoments, RunningSum
 from symprune_lightning.engine.layers.base import Layer, Tokens
 from symprune_lightning.functional.statistics import Need, Statistics
@@ -216,10 +216,9 @@ def valid_rows(valid: Tensor | None, layer: Layer, tokens: Tokens | None) -> Ten
 
 
 def drop_padding(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the real tokens, also where the model has flattened batch and sequence."""
-    if valid is None or valid.numel() != math.prod(x.shape[:-1]):
-        return x
-    return x.reshape(-1, x.shape[-1])[valid.flatten()]
+    """Return the real tokens; all of them where it is not known which are real."""
+    kept = aligned(valid, x.shape[:-1])
+    return x if kept is None else x[kept]
 
 
 def _version(x: Tensor) -> int:

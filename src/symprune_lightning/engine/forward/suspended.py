@@ -27,11 +27,11 @@ from symprune_lightning.engine.forward.batch import (
     current_batch,
     exit_forward,
     replay_finished_blocks,
-    valid_tokens,
 )
 from symprune_lightning.engine.forward.block import BlockCall, call_on_copies, hidden_states
 from symprune_lightning.engine.forward.calibration import Calibration
 from symprune_lightning.engine.forward.offload import OffloadedTensor
+from symprune_lightning.engine.forward.padding import valid_tokens
 from symprune_lightning.engine.forward.recorder import Recorder, valid_rows
 from symprune_lightning.engine.forward.targets import BlockTargets
 from symprune_lightning.engine.layers.base import Layer, Tokens, watch_layers
@@ -159,7 +159,7 @@ class SuspendedForward:
             for data in self.calibration.batches:
                 forward = partial(self.calibration.forward, self.calibration.model, data)
                 number = communicator.data_rank + count * communicator.data_world_size
-                batch = SuspendedBatch(forward, valid_tokens(data), number)
+                batch = SuspendedBatch(forward, valid_tokens(data, self.calibration.model), number)
                 if count < NUM_TRACED and not self._is_traced:
                     self._traceable.append(SuspendedBatch(forward, None, number))
                 batch.is_measuring = self.order == "dense"
