@@ -248,7 +248,7 @@ class Trainer(pl.Trainer):
         if output is None:
             yield None
             return
-        folder = hidden_sibling(Path(output).expanduser().absolute(), "journal")
+        folder = hidden_sibling(Path(output).expanduser().resolve(), "journal")
         journal, teacher = callback.journal, None if distillation is None else distillation.folder
         callback.journal = journal or folder
         if distillation is not None:
@@ -363,7 +363,7 @@ class Trainer(pl.Trainer):
             self._notify_saved(output, manifest)
 
     def _notify_saved(self, output: str, manifest: Mapping[str, Any]) -> None:
-        path = Path(output).expanduser().absolute()
+        path = Path(output).expanduser().resolve()
         for hook in pruning_hooks(self):
             hook.on_checkpoint_saved(path, manifest)
 

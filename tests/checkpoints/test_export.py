@@ -168,3 +168,27 @@ def test_a_model_sharded_over_two_ranks(tmp_path):
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
     assert read_manifest(tmp_path / "sharded")["sparsity"] == result.sparsity
+
+
+def test_a_link_to_a_folder_is_written_through(tmp_path):
+    """As on clusters, where the output is on another file system."""
+    target, link = tmp_path / "large" / "run", tmp_path / "out"
+    target.mkdir(parents=True)
+    link.symlink_to(target)
+    model = build("llama")
+    prune_model(model, [], score="magnitude")
+    for _ in range(2):  # the second run replaces the checkpoint of the first
+        assert export_model(model, link) == target.resolve()
+        assert link.is_symlink()
+        assert (link / MANIFEST).is_file()
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+        assert [path.name for path in target.parent.iterdir()] == ["run"]
+
+
+def test_a_link_to_nowhere_creates_its_target(tmp_path):
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "later")
+    model = build("llama")
+    prune_model(model, [], score="magnitude")
+    export_model(model, link)
+    assert (tmp_path / "later" / MANIFEST).is_file()

@@ -242,7 +242,7 @@ class Distillation(Callback, PruningHooks):
     def _folder(self, communicator: Communicator) -> Path:
         """Return the folder of all runs, the same on all ranks."""
         if self.folder is not None:
-            return Path(self.folder).expanduser().absolute()
+            return Path(self.folder).expanduser().resolve()
         path = None
         if communicator.rank == 0:
             self._temporary = tempfile.TemporaryDirectory(prefix="symprune-teacher-")

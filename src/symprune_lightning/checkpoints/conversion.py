@@ -129,8 +129,8 @@ def _group_sources(
     return {key: group for group in list(groups.values()) for key in group.targets}
 
 
-def stored_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[str]]:
-    """Return which tensors of a saved checkpoint hold the layers whose tensors have other names.
+def stored_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Any]:
+    """Return the manifest's entry about layers that a saved checkpoint holds under other names.
 
     transformers saves packed experts as it found them: often one tensor or two for each expert.
 
@@ -139,7 +139,8 @@ def stored_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, li
         names: Names of layers.
 
     Returns:
-        Layer name to tensor names, for packed experts that are converted.
+        ``{"tensors": ...}``, layer name to tensor names, for packed experts that are converted;
+        empty if there are none.
     """
     packed: dict[str, list[Layer]] = {}
     prefixes = {module: name for name, module in model.named_modules()}
@@ -162,4 +163,4 @@ def stored_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, li
         for layer in layers:
             number = int(layer.name.rpartition(".")[2])
             tensors[layer.name] = sorted(holders.get(number, []))
-    return tensors
+    return {"tensors": tensors} if tensors else {}

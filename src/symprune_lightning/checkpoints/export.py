@@ -27,17 +27,17 @@ def check_destination(output: str | Path) -> Path:
     """Check that a checkpoint can be written, before the run starts.
 
     Args:
-        output: The folder to be written.
+        output: The folder to be written. A symbolic link to a folder stays; its target is written.
 
     Returns:
-        Its absolute path.
+        Its absolute path, without symbolic links.
 
     Raises:
         FileExistsError: It is not empty and holds no checkpoint of this package.
         PermissionError: Its parent folder cannot be written, or it is a mount point.
         NotADirectoryError: A component of the path is a file.
     """
-    path = Path(output).expanduser().absolute()
+    path = Path(output).expanduser().resolve()
     for component in (path, *path.parents):
         if component.exists() and not component.is_dir():
             raise NotADirectoryError(f"cannot write a checkpoint to {path}: {component} is a file")
@@ -101,7 +101,7 @@ def save_checkpoint(
             if tokenizer is not None:
                 tokenizer.save_pretrained(tmp)
             save_masks(tmp / FOLDER / FILE, masks)
-            write_manifest(tmp, {**manifest, "tensors": stored_tensors(model, masks)})
+            write_manifest(tmp, {**manifest, **stored_tensors(model, masks)})
         except (SafetensorError, OSError) as error:
             raise OSError(
                 f"cannot write the checkpoint {path}: {error}. Its contents have not changed"
@@ -162,7 +162,7 @@ def export_model(
     if communicator.rank == 0:
         save_checkpoint(output, model, tokenizer, manifest, masks, state)
     communicator.barrier()
-    return Path(output).expanduser().absolute()
+    return Path(output).expanduser().resolve()
 
 
 def _result_of(masks: PackedMasks) -> PruneResult:

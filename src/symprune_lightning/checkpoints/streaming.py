@@ -202,8 +202,7 @@ class StreamedCheckpoint(WeightPlacement):
         }
         (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         names = [layer.name for layers in self._layers_of.values() for layer in layers]
-        tensors = stored_tensors(self.model, names)
-        write_manifest(self._folder, {**manifest, "tensors": tensors})
+        write_manifest(self._folder, {**manifest, **stored_tensors(self.model, names)})
         self._saved = True
 
     def _load(self, module: nn.Module, name: str, *, recurse: bool) -> None:

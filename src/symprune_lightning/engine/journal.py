@@ -67,7 +67,7 @@ class Journal:
     """
 
     def __init__(self, folder: str | PathLike[str], communicator: Communicator) -> None:
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = Path(folder).expanduser().resolve()
         self.communicator = communicator
         self._finished: dict[str, _Entry] = {}
         self._last_block: dict[str, _Entry] = {}
