@@ -451,3 +451,30 @@ def test_attention_of_torch():
     kept.scatter_(1, score.argsort(dim=1, stable=True)[:, :8], value=False)
     parts = [result.masks[f"self_attn.in_proj_weight.{i}"] for i in range(3)]
     assert torch.equal(torch.cat(parts), kept)
+
+
+class Shared(nn.Module):
+    """One weight in two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x).relu() * torch.arange(16))
+
+
+def test_a_weight_of_two_modules_is_measured_at_both():
+    data = [torch.randn(64, 16)]
+    result = prune_model(Shared(), data, score="wanda", calibration_order="dense")
+    assert {report.name: report.tokens for report in result.layers} == {"first": 128}
+    with pytest.warns(PruningWarning, match="called again after they had been pruned.*first"):
+        prune_model(Shared(), data, score="wanda")
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_weight_of_two_modules_is_dense_if_one_is_ignored(name):
+    with pytest.raises(ValueError, match="nothing to prune"):
+        prune_model(Shared(), [torch.randn(64, 16)], score="wanda", ignore=[name])

@@ -73,6 +73,11 @@ def _module_of(point: WaitPoint) -> nn.Module:
     return point.module if isinstance(point, Layer) else point
 
 
+def _matrix_key(layer: Layer) -> tuple[int, object]:
+    """Identify the matrix of a layer: layers of several modules may share it."""
+    return id(layer.parameter), layer.view
+
+
 class SuspendedForward:
     """Runs batches through a model and prunes each layer when its statistics are complete.
 
@@ -127,6 +132,7 @@ class SuspendedForward:
         self._is_traced = bool(self.placement.blocks)
         self._inside_blocks = {m for block in self.placement.blocks for m in block.modules()}
         self._traceable: list[SuspendedBatch] = []
+        self._shared: dict[Layer, Layer] = {}
 
     def run(self) -> None:
         """Run all batches and prune.
@@ -280,6 +286,7 @@ class SuspendedForward:
         with ExitStack() as stack:
             stack.enter_context(watch_layers(self.layers, self._visit))
             stack.enter_context(watch_layers(excluded, self._visit_excluded))
+            self._shared = self._find_shared(excluded)
             # Prepended: these must run before the hooks of FSDP, which expect that a call is not
             # interrupted. The entry of a block is registered last and so runs first.
             hooks = [(block, self._wait_at_block) for block in blocks]
@@ -327,12 +334,21 @@ class SuspendedForward:
         elif layer in self._layers_at:
             self.called_after_pruning.add(layer.name)
 
+    def _find_shared(self, excluded: Sequence[Layer]) -> dict[Layer, Layer]:
+        """Map excluded layers to the pruned layers whose matrix they share."""
+        pruned = {_matrix_key(layer): layer for layer in self.layers}
+        keys = {layer: _matrix_key(layer) for layer in excluded}
+        return {layer: pruned[key] for layer, key in keys.items() if key in pruned}
+
     def _visit_excluded(self, layer: Layer, x: Tensor, tokens: Tokens | None = None) -> None:
         """End a forward that has nothing left to measure."""
         batch = current_batch()
         # weights on the meta device at this point are the output projection of a streamed model,
         # which is not loaded since no layer follows it
         if batch is None or batch.trace is not None:
+            return
+        if layer in self._shared:  # another use of a weight that is pruned
+            self._visit(self._shared[layer], x, tokens)
             return
         # not inside a block: FSDP would believe that the block's forward is still running
         is_outside = layer.module not in self._inside_blocks

@@ -29,7 +29,8 @@ def prunable_layers(
 
     Routers, output projections and adapters are left dense unless ``only`` names them exactly (see
     ``exempt_layers``). A parameter shared with a module that is no prunable layer (an output
-    projection tied to the embeddings) is never pruned; one shared by several layers is listed once.
+    projection tied to the embeddings) is never pruned; one shared by several layers is listed once,
+    and left dense if one of them is.
 
     Args:
         model: Any module.
@@ -50,14 +51,15 @@ def prunable_layers(
     candidates = all_layers(model)
     names = [layer.name for layer in candidates]
     ignored = {name for entry in ignore for name in matching(entry, names)}
+    ignored |= exempt_layers(model, candidates).keys() - set(only or ())
+    # a weight that several modules share is left dense for all of them
+    dense = {id(layer.parameter) for layer in candidates if layer.name in ignored}
     if only is not None:
         ignored |= set(names) - {name for entry in only for name in matching(entry, names)}
-    exempt = exempt_layers(model, candidates)
-    ignored |= exempt.keys() - set(only or ())
     owners = _parameter_owners(model, candidates)
     layers = []
     for layer in candidates:
-        if layer.name in ignored:
+        if layer.name in ignored or (not layer.is_routed and id(layer.parameter) in dense):
             continue
         # one parameter may hold several layers, but only of the module that owns it
         if owners.setdefault(id(layer.parameter), layer.module) is layer.module:
