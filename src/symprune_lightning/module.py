@@ -277,7 +277,7 @@ class TransformersModule(LightningModule):
             Token ids, shape ``(batch, tokens)``, aligned with the logits.
         """
         labels = batch.get("labels")
-        if labels is None:
+        if labels is None or bool((labels == IGNORE_INDEX).all()):
             return None
         if not self.prunable_model.can_generate():
             raise ValueError(

@@ -68,6 +68,24 @@ class CheckpointConversion:
         self._groups = _group_sources(model, transforms, files)
         # transformers keeps the conversions that it used in loading, to revert them in saving
         vars(model)["_weight_conversions"] = [t for t in transforms if t.was_used()]
+        self._check_reversible()
+
+    def _check_reversible(self) -> None:
+        """Check that every parameter is written under the names that it is read from.
+
+        Raises:
+            ValueError: The files have other names than those that transformers saves.
+        """
+        state = {k: x.to("meta") for k, x in self._model.state_dict().items() if k in self._groups}
+        names = revert_weight_conversion(self._model, state).keys()
+        tied = self._model.get_expanded_tied_weights_keys(all_submodels=True)
+        unknown = sorted(name for name in names if name not in self._files and name not in tied)
+        if unknown:
+            raise ValueError(
+                f"{self._folder} has no tensor {unknown[0]}, the name under which transformers "
+                f"saves it for {type(self._model).__name__}: load the model, save it with "
+                f"save_pretrained, and stream that checkpoint"
+            )
 
     def __contains__(self, key: str) -> bool:
         return key in self._groups
@@ -132,7 +150,8 @@ def _group_sources(
 def stored_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Any]:
     """Return the manifest's entry about layers that a saved checkpoint holds under other names.
 
-    transformers saves packed experts as it found them: often one tensor or two for each expert.
+    transformers saves packed experts in the format of published checkpoints: often one tensor or
+    two for each expert.
 
     Args:
         model: The model.

@@ -14,8 +14,15 @@ from transformers import PreTrainedModel
 
 from symprune_lightning.checkpoints.conversion import stored_tensors
 from symprune_lightning.checkpoints.manifest import MANIFEST, build_manifest, write_manifest
-from symprune_lightning.checkpoints.masks import FILE, FOLDER, infer_masks, save_masks
+from symprune_lightning.checkpoints.masks import (
+    FILE,
+    FOLDER,
+    infer_masks,
+    match_layers,
+    save_masks,
+)
 from symprune_lightning.checkpoints.pretrained import Processor, local_folder
+from symprune_lightning.engine.coverage import record_coverage
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import atomic_directory
@@ -151,8 +158,10 @@ def export_model(
     masks = infer_masks(model)
     if not masks:
         raise ValueError(f"no layer of {type(model).__name__} has zeros: prune it first")
+    result = _result_of(masks)
+    record_coverage(model, match_layers(model, masks), result)
     manifest = build_manifest(
-        _result_of(masks),
+        result,
         model=str(model.config.name_or_path),
         architecture=type(model).__name__,
         settings=settings or {},

@@ -48,8 +48,8 @@ class StreamedCheckpoint(WeightPlacement):
     appears once ``save`` was called, and is deleted otherwise.
 
     Args:
-        source: Local folder or hub name of a checkpoint in safetensors, whose tensors have the
-            names of the model's parameters.
+        source: Local folder or hub name of a checkpoint in safetensors, whose tensors
+            transformers converts to the model's parameters.
         output: Folder to write, one file per block, in the source's dtype.
         device: Device on which a block is pruned.
         trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
@@ -60,7 +60,7 @@ class StreamedCheckpoint(WeightPlacement):
 
     Raises:
         FileNotFoundError: There are no safetensors files in the folder.
-        ValueError: The files do not have the model's parameter names.
+        ValueError: The files do not hold the model's parameters, or blocks share weights.
 
     Examples:
         >>> import tempfile

@@ -21,7 +21,7 @@ THRESHOLD = 0.95
 
 
 def record_coverage(model: nn.Module, layers: Sequence[Layer], result: PruneResult) -> None:
-    """Add the coverage of a run to its result, and warn if much was left dense unintentionally.
+    """Add the coverage of a run to its result.
 
     Args:
         model: The model.
@@ -61,10 +61,10 @@ def record_coverage(model: nn.Module, layers: Sequence[Layer], result: PruneResu
             )
             result.left_dense.append(dense)
     result.left_dense.sort(key=lambda weight: -weight.num_weights)
-    _warn_about_unintended(result)
 
 
-def _warn_about_unintended(result: PruneResult) -> None:
+def warn_about_coverage(result: PruneResult) -> None:
+    """Warn if many weights were left dense that the settings do not exclude."""
     unintended = [weight for weight in result.left_dense if not weight.is_intended]
     share = sum(w.num_weights for w in unintended) / max(result.coverage_counts.total, 1)
     if 1 - share < THRESHOLD:
@@ -72,7 +72,8 @@ def _warn_about_unintended(result: PruneResult) -> None:
         more = f" and {len(unintended) - 5} more" if len(unintended) > 5 else ""
         warnings.warn(
             f"{share:.0%} of the weights of the blocks were left dense although nothing excludes "
-            f"them: {largest}{more}. PruneResult.sparsity is that of the pruned layers only",
+            f"them: {largest}{more}. PruneResult.sparsity is that of the pruned layers only; a "
+            f"subclass of LayerKind would make these weights prunable",
             PruningWarning,
             stacklevel=4,
         )
@@ -92,7 +93,9 @@ def _block_weights(
         for module in block.modules():
             for key, parameter in module.named_parameters(recurse=False):
                 # the biases of packed experts are stacked vectors
-                is_vector = key.endswith("bias") or parameter.numel() == max(parameter.shape)
+                is_vector = key.endswith("bias") or parameter.numel() == max(
+                    parameter.shape, default=1
+                )
                 if id(parameter) in seen or is_vector or isinstance(module, nn.Embedding):
                     continue
                 seen.add(id(parameter))
@@ -101,7 +104,8 @@ def _block_weights(
 
 def _reason_without_layer(module: nn.Module) -> str:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "depthwise convolution"
+        is_depthwise = module.groups > 1 and module.groups == module.in_channels
+        return "depthwise convolution" if is_depthwise else "convolution with its own forward"
     if is_router_class(module):
         return ROUTER
     return f"parameter of {type(module).__name__}, which is no layer"

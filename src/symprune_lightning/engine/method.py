@@ -37,7 +37,7 @@ Experts = Literal["routed", "all"]
 """Which tokens the experts of a mixture are measured on: those routed to each, or all."""
 
 Unreached = Literal["dense", "magnitude"]
-"""What becomes of layers that no calibration token reached: left dense, or pruned by magnitude."""
+"""How layers that no calibration token reached are handled: left dense, or pruned by magnitude."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PruningMethod:
         calibration_order: Which layers are already pruned when the inputs of a layer are measured.
         gradient_batches: Number of batches for sensitivities; ``None`` for all.
         experts: Which tokens the experts of a mixture are measured on.
-        unreached: What becomes of layers that no token reached.
+        unreached: How layers that no calibration token reached are handled.
         ignore: Layers to leave dense.
         only: Layers to prune; ``None`` for all.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from symprune_lightning.engine.allocate import AllocationResolver
-from symprune_lightning.engine.coverage import record_coverage
+from symprune_lightning.engine.coverage import record_coverage, warn_about_coverage
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
 from symprune_lightning.engine.distributed.sharding import (
     has_nested_fsdp,
@@ -204,6 +204,11 @@ def prune_with(
     layers = prunable_layers(
         model, method.ignore, method.only, allow_meta=not placement.always_loaded
     )
+    if method.experts == "all" and not any(layer.is_routed for layer in layers):
+        raise ValueError(
+            f"experts='all' requires packed experts, and {type(model).__name__} has none among the "
+            f"layers to prune: use experts='routed'"
+        )
     plan = PruningPlan.resolve(model, layers, method)
     if not placement.always_loaded and method.budget(0.0).group == "model":
         raise ValueError(
@@ -242,6 +247,7 @@ def prune_with(
             run.run()
             run.check_ranks()
     record_coverage(model, layers, run.result)
+    warn_about_coverage(run.result)
     for hook in options.hooks:
         hook.on_pruning_end(run.result)
     return run.result

@@ -185,12 +185,18 @@ class PruningRun:
             self.result.pruned_by_magnitude,
             "no calibration batch reached these layers, which were pruned by magnitude",
         )
+        if self.sensitivity:
+            _warn_about(
+                [r.name for r in self.result.layers if r.tokens and r.name not in self.sensitivity],
+                "no gradient was measured for these layers (the dense model sent them no token), "
+                "so all their outputs count the same",
+            )
         if "gram" in self.plan.method.needs:
             _warn_about(
                 [r.name for r in self.result.layers if 0 < r.tokens < r.shape[1]],
                 "these layers received fewer calibration tokens than they have inputs, so that "
                 "their Gram matrix is singular, and refining or updating them is unreliable (use "
-                "more calibration data, or experts='all')",
+                "more calibration data; for experts, experts='all')",
             )
 
     def _is_recorded(self, layers: Sequence[Layer]) -> bool:
@@ -200,7 +206,10 @@ class PruningRun:
         """Apply the recorded masks and weights of finished layers."""
         for layer in layers:
             assert self.journal is not None
-            self._commit(layer, self.journal.read(layer))
+            record = self.journal.read(layer)
+            if self._recorder is not None and record.report.error is None:
+                self.result.pruned_by_magnitude.append(layer.name)
+            self._commit(layer, record)
 
     def _restore_modules(self, modules: set[nn.Module]) -> None:
         """Restore the finished layers among modules that have just been loaded."""
@@ -297,6 +306,7 @@ class PruningRun:
         """Write a record into the model, and add it to the result."""
         change = LayerChange(layer, record.mask, record.weight)
         change()
+        _check_zeros(layer, record.mask)
         self.calibration.placement.record_change(layer.module, change)
         self.result.masks.add(layer.name, record.mask)
         if record.channel_order is not None:
@@ -304,6 +314,18 @@ class PruningRun:
         self.result.layers.append(record.report)
         for hook in self.hooks:
             hook.on_layer_pruned(record.report, record.mask)
+
+
+def _check_zeros(layer: Layer, mask: Tensor) -> None:
+    """Check that the weight is zero where the mask prunes, as the result is going to say."""
+    if is_dtensor(layer.parameter):  # reading it would be a collective
+        return
+    weight = layer.view(layer.parameter.detach())
+    if bool(weight.masked_fill(mask, 0).any()):
+        raise ValueError(
+            f"layer {layer.name} is not zero where its mask prunes: the model does not store what "
+            f"is written to its weight (a view that copies, or a tensor that ignores writes)"
+        )
 
 
 def _warn_about(names: Sequence[str], message: str) -> None:

@@ -158,15 +158,17 @@ def add_gradient(
 ) -> Statistics:
     """Return the statistics of a layer with its ``output_gradient``, if gradients were measured.
 
-    The dense model may send no token to an expert that is measured later, on other tokens: all its
-    outputs then count the same.
+    The dense model may send no token to an expert that is measured later, on other tokens. All its
+    outputs then have the mean of the layers that were measured.
     """
     if not sensitivity:
         return statistics
     if layer.name in sensitivity:
         gradient = sensitivity[layer.name].output_gradient
     else:
-        gradient = torch.ones(layer.shape[0], device=layer.parameter.device)
+        measured = [s.output_gradient for s in sensitivity.values()]
+        energies = torch.stack([x.mean() for x in measured if x is not None])
+        gradient = energies.mean().expand(layer.shape[0])
     return replace(statistics, output_gradient=gradient)
 
 

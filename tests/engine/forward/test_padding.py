@@ -82,7 +82,9 @@ def test_encoder_and_decoder(length):
     }
     model = encoder_decoder()
     if length == 8:
-        with pytest.warns(PruningWarning, match="pad them to different lengths"):
+        with pytest.warns(
+            PruningWarning, match="encoder and decoder sequences.*pad to another length"
+        ):
             result = prune_model(model, [batch], score="wanda")
     else:
         result = prune_model(model, [batch], score="wanda")
@@ -91,6 +93,13 @@ def test_encoder_and_decoder(length):
     real = 16 if length == 8 else 10
     assert tokens["encoder.block.0.layer.0.SelfAttention.q"] == real
     assert tokens["decoder.block.0.layer.1.EncDecAttention.k"] == real
+
+
+def test_a_square_batch_is_ambiguous():
+    mask = torch.ones(3, 3)
+    mask[0, 1:] = 0
+    with pytest.warns(PruningWarning, match="as many sequences as tokens"):
+        assert valid_tokens({"attention_mask": mask}, nn.Linear(1, 1)) is None
 
 
 def test_no_mask_no_padding():

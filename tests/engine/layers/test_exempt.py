@@ -51,7 +51,7 @@ class Router(nn.Module):
 
     def __init__(self, experts: int) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(8, 6), nn.Linear(6, experts)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, experts)
 
 
 class Attention(nn.Module):
@@ -115,3 +115,13 @@ def test_adapters_are_exempt_and_their_base_layers_are_not():
     before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
     prune_model(model, [{"input_ids": torch.arange(3, 19)[None]}], score="wanda")
     assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
+
+
+def test_the_head_next_to_a_mixture_is_no_router():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixture = Block()
+            self.head = nn.Linear(8, 4)
+
+    assert "head" not in reasons(Net())

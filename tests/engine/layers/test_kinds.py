@@ -288,3 +288,59 @@ def test_a_kind_of_the_users_is_found_by_its_subclass():
     assert set(result.masks) == {"0.w", "1"}
     assert (model[0].values.view(4, 6) == 0).sum(1).tolist() == [3] * 4
     assert result.is_applied_to(model)
+
+
+def test_a_view_that_copies_is_an_error():
+    class Copies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = nn.Parameter(torch.randn(24))
+
+        def forward(self, x):
+            return x @ self.values.view(4, 6).T
+
+    class CopyingKind(LinearKind):
+        def layers(self, name, module):
+            if not isinstance(module, Copies):
+                return []
+            return [Layer(f"{name}.w", module, self, "values", lambda p: p.view(4, 6).clone())]
+
+    with pytest.raises(ValueError, match=r"layer 0.w is not zero where its mask prunes"):
+        prune_model(nn.Sequential(Copies()), [torch.randn(8, 6)], score="wanda")
+
+
+def test_a_convolution_in_another_memory_format():
+    """Its weight cannot be viewed as a matrix, but is pruned where it is stored."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last)
+    result = prune_model(model, [torch.randn(2, 4, 6, 6)], score="wanda", update="maskedcg")
+    assert result.is_applied_to(model)
+    assert (model[0].weight == 0).sum() == 72
+
+
+def test_a_convolution_with_its_own_forward_has_no_layer():
+    class Padded(nn.Conv1d):
+        def forward(self, x):
+            return super().forward(nn.functional.pad(x, (2, 0)))
+
+    assert all_layers(nn.Sequential(Padded(4, 4, 3))) == []
+
+
+def test_a_weight_that_its_parent_scales():
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            scale = (self.fc.weight * 2.0 - self.fc.weight).abs().mean()
+            return nn.functional.linear(input=x, weight=self.fc.weight) * scale
+
+    result = prune_model(Scales(), [torch.randn(8, 4)], score="wanda")
+    assert [report.tokens for report in result.layers] == [8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_experts_whose_grouped_kernel_does_not_exist(dtype):
+    model = build("mixtral").to(dtype)
+    tokens = {"input_ids": torch.arange(3, 35)[None]}
+    assert prune_model(model, [tokens], score="wanda").is_applied_to(model)

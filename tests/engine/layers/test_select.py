@@ -139,3 +139,14 @@ def test_find_layers_resolves_names_in_the_given_order():
     assert [layer.module for layer in find_layers(model, ["2", "0"])] == [model[2], model[0]]
     with pytest.raises(KeyError, match="1"):
         find_layers(model, ["1"])
+
+
+class Quantised(torch.Tensor):
+    """A tensor of another library that states a floating dtype."""
+
+
+def test_tensor_subclasses_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.randn(4, 4).as_subclass(Quantised))
+    with pytest.raises(ValueError, match="layer 0 holds a Quantised, which is no plain tensor"):
+        prunable_layers(model)

@@ -134,7 +134,7 @@ def chosen_layers(names: Sequence[str]) -> list[str]:
 def tokens_by_expert(layers: LayerReports) -> dict[str, list[int]]:
     """Return the calibration tokens of each expert, by the name that all experts share.
 
-    Experts are layers whose names end with a number.
+    Experts are layers whose names contain "expert" and end with a number.
 
     Args:
         layers: Layer reports of the manifest.
@@ -146,7 +146,7 @@ def tokens_by_expert(layers: LayerReports) -> dict[str, list[int]]:
     tokens: dict[str, dict[int, int]] = {}
     for layer in layers:
         name, _, number = str(layer["name"]).rpartition(".")
-        if number.isdecimal() and name:
+        if number.isdecimal() and "expert" in name.lower() and layer["tokens"]:
             tokens.setdefault(name, {})[int(number)] = int(layer["tokens"])
     return {
         name: [counts.get(i, 0) for i in range(max(counts) + 1)] for name, counts in tokens.items()

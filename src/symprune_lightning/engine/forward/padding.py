@@ -15,8 +15,8 @@ def valid_tokens(data: Any, model: nn.Module) -> Tensor | None:
     """Return which tokens of a batch are real, if its ``attention_mask`` marks some as padding.
 
     The mask of an encoder-decoder model is that of the encoder. If its decoder receives sequences
-    of the same length, the inputs of a layer do not tell whose tokens they are: padding is measured
-    then, with a warning.
+    of the same length, the inputs of a layer do not tell whose tokens they are; nor do they tell
+    sequences from tokens in a batch of as many of both. Padding is measured then, with a warning.
 
     Args:
         data: The batch.
@@ -28,19 +28,25 @@ def valid_tokens(data: Any, model: nn.Module) -> Tensor | None:
     mask = data.get("attention_mask") if isinstance(data, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
         return None
+    if mask.shape[0] == mask.shape[1] > 1:
+        _warn("a batch has as many sequences as tokens")
+        return None
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         decoder = next((data[k] for k in ("decoder_input_ids", "labels") if k in data), None)
         if isinstance(decoder, Tensor) and decoder.shape == mask.shape:
-            warnings.warn(
-                "encoder and decoder sequences of a batch have the same length, so the padding of "
-                "its attention_mask cannot be assigned to one of them, and is measured like other "
-                "tokens: pad them to different lengths",
-                PruningWarning,
-                stacklevel=2,
-            )
+            _warn("encoder and decoder sequences of a batch have the same length")
             return None
     return mask.bool().clone()  # a copy: the tensors of a loader may be of inference mode
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"{reason}, so the padding of its attention_mask cannot be recognised in hidden states, "
+        f"and is measured like other tokens: pad to another length",
+        PruningWarning,
+        stacklevel=3,
+    )
 
 
 def aligned(valid: Tensor | None, axes: Sequence[int]) -> Tensor | None:

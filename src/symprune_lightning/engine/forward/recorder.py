@@ -212,7 +212,8 @@ def valid_rows(valid: Tensor | None, layer: Layer, tokens: Tokens | None) -> Ten
     """
     if valid is None or not layer.is_routed:
         return valid
-    return None if tokens is None else valid.flatten()[tokens()]
+    indices = None if tokens is None else tokens(valid.numel())
+    return None if indices is None else valid.flatten()[indices]
 
 
 def drop_padding(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.forward.batch import (
     SuspendedBatch,
     current_batch,
@@ -71,11 +72,6 @@ def _module_of(point: WaitPoint) -> nn.Module:
     if isinstance(point, BlockEntry):
         return point.block
     return point.module if isinstance(point, Layer) else point
-
-
-def _matrix_key(layer: Layer) -> tuple[int, object]:
-    """Identify the matrix of a layer: layers of several modules may share it."""
-    return id(layer.parameter), layer.view
 
 
 class SuspendedForward:
@@ -129,7 +125,8 @@ class SuspendedForward:
         self._index: dict[Hashable, int] = {p: i for i, p in enumerate(self._wait_points)}
         self._pending = set(self._wait_points)
         # tracing calls the model once more, which a model that is loaded block by block cannot do
-        self._is_traced = bool(self.placement.blocks)
+        is_sharded = any(is_dtensor(layer.parameter) for layer in self.layers)
+        self._is_traced = is_sharded or not self.placement.always_loaded
         self._inside_blocks = {m for block in self.placement.blocks for m in block.modules()}
         self._traceable: list[SuspendedBatch] = []
         self._shared: dict[Layer, Layer] = {}
@@ -152,6 +149,7 @@ class SuspendedForward:
                 finally:
                     for batch in suspended:
                         batch.end()
+            self._leave_block()
             if self.order == "dense":
                 self.placement.for_each_block(self.layers, self._complete)
         if not self.calibration.communicator.union_of_indices([0] if count else [], 1):
@@ -224,6 +222,7 @@ class SuspendedForward:
         """Prune what is complete at a wait point, then resume its batches."""
         waiting = [batch for batch in suspended if batch.wait_point == wait_point]
         if isinstance(wait_point, BlockEntry):
+            self._leave_block()
             self.placement.load_only(wait_point.block)
             if not self.placement.always_loaded:
                 self.restore(set(wait_point.block.modules()))
@@ -249,6 +248,16 @@ class SuspendedForward:
         except Exception as error:  # reported to the other ranks at the next wait point
             return error
         return None
+
+    def _leave_block(self) -> None:
+        """Skip the layers of the current block that no batch has waited at."""
+        block = self.placement.current_block
+        if block is None or self.placement.always_loaded or self.order != "layer":
+            return
+        inside = set(block.modules())
+        remaining = [x for x in self.layers if x in self._pending and x.module in inside]
+        self._pending.difference_update(remaining)
+        self._complete(remaining)
 
     def _complete(self, layers: Sequence[Layer]) -> None:
         """Prune layers whose statistics are complete."""
@@ -336,8 +345,8 @@ class SuspendedForward:
 
     def _find_shared(self, excluded: Sequence[Layer]) -> dict[Layer, Layer]:
         """Map excluded layers to the pruned layers whose matrix they share."""
-        pruned = {_matrix_key(layer): layer for layer in self.layers}
-        keys = {layer: _matrix_key(layer) for layer in excluded}
+        pruned = {layer.matrix_key: layer for layer in self.layers}
+        keys = {layer: layer.matrix_key for layer in excluded}
         return {layer: pruned[key] for layer, key in keys.items() if key in pruned}
 
     def _visit_excluded(self, layer: Layer, x: Tensor, tokens: Tokens | None = None) -> None:
@@ -387,7 +396,7 @@ class SuspendedForward:
         """Wait until a block is loaded."""
         batch = current_batch()
         entry = BlockEntry(block)
-        if batch is None or block is self.placement.current_block:
+        if batch is None or batch.trace is not None or block is self.placement.current_block:
             return
         if entry not in self._pending:
             raise ValueError(

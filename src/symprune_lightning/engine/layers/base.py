@@ -64,6 +64,11 @@ class Layer:
         return parameter
 
     @property
+    def matrix_key(self) -> tuple[int, object]:
+        """Identifies the matrix, which layers of several modules may share."""
+        return id(self.parameter), self.view
+
+    @property
     def shape(self) -> torch.Size:
         """``(out_features, in_features)``."""
         return self.view(torch.empty(self.parameter.shape, device="meta")).shape
@@ -97,10 +102,11 @@ class Layer:
         Args:
             mask: Bool, ``(out_features, in_features)``, True = kept.
         """
-        if is_dtensor(self.parameter):
-            local_tensor(self.parameter).masked_fill_(self.zero_mask(mask), 0)
+        parameter = self.parameter.detach()
+        if is_dtensor(parameter) or not self._is_view(parameter):
+            local_tensor(parameter).masked_fill_(self.zero_mask(mask), 0)
         else:
-            self.view(self.parameter.detach()).masked_fill_(~mask, 0)
+            self.view(parameter).masked_fill_(~mask, 0)
 
     @torch.no_grad()
     def copy_(self, weight: Tensor) -> None:
@@ -109,8 +115,9 @@ class Layer:
         Args:
             weight: ``(out_features, in_features)``, rounded to the parameter's dtype.
         """
-        if not is_dtensor(self.parameter):
-            self.view(self.parameter.detach()).copy_(weight)
+        parameter = self.parameter.detach()
+        if not is_dtensor(parameter) and self._is_view(parameter):
+            self.view(parameter).copy_(weight)
             return
         stored = torch.empty(self.parameter.shape, dtype=weight.dtype, device=weight.device)
         if self.view(stored).numel() < stored.numel():  # other layers share the parameter
@@ -118,9 +125,15 @@ class Layer:
         self.view(stored).copy_(weight)
         local_tensor(self.parameter).copy_(shard_like(stored, self.parameter))
 
+    def _is_view(self, parameter: Tensor) -> bool:
+        """Return whether the view shares memory, which flattening in another layout does not."""
+        view = self.view(parameter)
+        return view.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
-Tokens = Callable[[], Tensor]
-"""Returns indices of tokens; called only where they are needed."""
+
+Tokens = Callable[[int], Tensor | None]
+"""Returns indices of tokens in a batch of that many; ``None`` if the layer's tokens are others.
+Called only where they are needed."""
 
 
 class Visit(Protocol):

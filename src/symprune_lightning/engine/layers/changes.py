@@ -48,15 +48,17 @@ def zero_masks(
     Returns:
         Module and parameter name to bool in the shape of the local parameter, True = pruned.
     """
-    stored: dict[tuple[nn.Module, str], Tensor] = {}
-    parameters: dict[tuple[nn.Module, str], Tensor] = {}
+    members: dict[tuple[nn.Module, str], list[Layer]] = {}
     for layer in layers:
-        key, parameter = (layer.module, layer.parameter_name), layer.parameter
-        if key not in stored:
-            stored[key] = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-            parameters[key] = parameter
-        layer.view(stored[key]).copy_(~masks[layer.name])
-    return {key: shard_like(pruned, parameters[key]) for key, pruned in stored.items()}
+        members.setdefault((layer.module, layer.parameter_name), []).append(layer)
+    pruned: dict[tuple[nn.Module, str], Tensor] = {}
+    for key, group in members.items():
+        parameter = group[0].parameter
+        stored = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+        for layer in group:
+            layer.view(stored).copy_(~masks[layer.name])
+        pruned[key] = shard_like(stored, parameter)  # at once: the full tensor is not kept
+    return pruned
 
 
 def apply_changes(changes: Sequence[LayerChange]) -> None:

@@ -22,11 +22,11 @@ def exempt_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
 
     - Output projections: what ``get_output_embeddings`` returns, and layers named ``lm_head``.
       Often tied to the embeddings, and sensitive.
-    - Routers: the gate of a mixture of experts, and the gate of its shared expert. Tiny, and an
-      error sends tokens to other experts.
+    - Routers: the gate of a mixture of experts, and the gate of its shared expert. They are small,
+      and errors change which experts receive a token.
     - Adapters of peft: they are trained, and begin with zeros.
     - Patch embeddings: convolutions that cut an image or a signal into patches without overlap.
-      They are for images what embeddings are for tokens.
+      They embed images, as token embeddings embed tokens.
 
     Args:
         model: The model.
@@ -45,7 +45,7 @@ def exempt_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
         modules |= dict.fromkeys(finder(model, layers), reason)
     exempt = {layer.name: modules[layer.module] for layer in layers if layer.module in modules}
     for layer in layers:
-        if re.fullmatch(r"(.*\.)?lm_head(\..*)?", layer.name):
+        if re.fullmatch(r"(.*\.)?lm_heads?(\..*)?", layer.name):
             exempt.setdefault(layer.name, OUTPUT_PROJECTION)
     return exempt
 
@@ -59,7 +59,7 @@ def _output_projections(model: nn.Module, layers: Sequence[Layer]) -> Iterator[n
             except (AttributeError, NotImplementedError):  # a model without one
                 continue
             if isinstance(head, nn.Module):
-                yield head
+                yield from head.modules()
 
 
 def _adapters(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
@@ -92,13 +92,14 @@ def _routers(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
     parents = {child: module for module in model.modules() for child in module.children()}
     for experts, count in _experts(model, by_module):
         inner = experts
-        for _ in range(2):
+        for is_next_to_experts in (True, False):
             parent = parents.get(inner)
             # the children of a container are alike, and no parts of one module
             if parent is None or isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
                 break
             for sibling in parent.children():
-                if sibling is not inner:
+                # further up, a layer with as many outputs may be the head of the model
+                if sibling is not inner and (is_next_to_experts or is_router_class(sibling)):
                     yield from _routers_in(sibling, count, by_module)
             inner = parent
 
@@ -138,8 +139,6 @@ def _routers_in(
         yield sibling  # the gate of a shared expert
     if is_router_class(sibling):
         yield from inside
-    elif any(rows == count for rows, _ in shapes):
+    elif shapes and shapes[-1][0] == count != shapes[0][1]:
         # attention and shared experts return to the width of their input; routers do not
-        inputs = {columns for rows, columns in shapes if rows == count}
-        if not any(rows in inputs for rows, _ in shapes):
-            yield from inside
+        yield from inside

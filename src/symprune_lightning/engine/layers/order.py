@@ -70,7 +70,9 @@ def _sorted(
     remaining = dict.fromkeys(children)
     while remaining:
         ready = (c for c in remaining if not before[c] & remaining.keys())
-        following = next(ready, None) or next(iter(remaining))  # a cycle is cut
+        following = next(ready, None) or next(
+            iter(remaining)
+        )  # contradictory traces: the order of registration
         result.append(following)
         del remaining[following]
     return result

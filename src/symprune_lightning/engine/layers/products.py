@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,6 +58,11 @@ class Operand(ABC):
     def is_input_first(self) -> bool:
         """Whether matrices are laid out ``(in, out)``."""
 
+    @property
+    @abstractmethod
+    def only(self) -> int | None:
+        """The matrix whose use is observed; ``None`` for all."""
+
     @abstractmethod
     def visit(self, use: Use) -> None:
         """Notify the watchers of a matrix of its input."""
@@ -91,9 +95,10 @@ def _bmm(x: Any, weight: Any, **_: object) -> Iterator[Use]:
 
 def _grouped_mm(x: Any, weight: Any, offs: Tensor, **_: object) -> Iterator[Use]:
     if isinstance(weight, Operand) and not weight.is_matrix and weight.is_input_first:
-        ends = offs.tolist()
-        for index, (start, end) in enumerate(pairwise([0, *ends])):
-            rows = slice(start, end)
+        ends = [0, *offs.tolist()]
+        indices = range(len(ends) - 1) if weight.only is None else [weight.only]
+        for index in indices:
+            rows = slice(ends[index], ends[index + 1])
             yield Use(index, x[rows], partial(_select, key=rows), rows)
 
 
@@ -107,7 +112,7 @@ def _einsum(equation: Any, *operands: Any) -> Iterator[Use]:
     The parameter ``(in, a, b)`` or ``(out, a, b)`` is one matrix; the dimensions that are summed
     over say which of the two it is.
     """
-    if len(operands) != 2 or not isinstance(equation, str):
+    if len(operands) != 2 or not isinstance(equation, str) or "->" not in equation:
         return
     terms, result = equation.replace(" ", "").split("->")
     left, right = terms.split(",")
@@ -143,6 +148,46 @@ FINDERS: dict[str, Callable[..., Iterator[Use]]] = {
 }
 """Function name to the function that finds uses among its arguments. A product that is not listed,
 or along the outputs of a matrix, is no use: layers without one are reported as not reached."""
+
+
+OPERANDS = {
+    "linear": ("input", "weight"),
+    "matmul": ("input", "other"),
+    "mm": ("input", "mat2"),
+    "bmm": ("input", "mat2"),
+    "grouped_mm": ("mat_a", "mat_b", "offs"),
+    "_grouped_mm": ("self", "mat2", "offs"),
+    "grouped_mm_fallback": ("input", "weight", "offs"),
+}
+"""Names of the arguments that a finder takes, in order."""
+
+GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+
+
+def find_uses(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Use]:
+    """Return the uses of matrices in a call of a function of torch."""
+    find = FINDERS.get(name)
+    if find is None:
+        return []
+    missing = OPERANDS.get(name, ())[len(args) :]
+    return list(find(*args, *(kwargs[key] for key in missing if key in kwargs)))
+
+
+def grouped_mm(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor:
+    """Call a grouped product, or multiply group by group where its kernel refuses the operands.
+
+    Kernels have no float64 and require aligned rows, which the model's own implementation may not.
+    """
+    try:
+        product: Tensor = func(*args, **kwargs)
+    except RuntimeError:
+        x, weight, offs = [*args, *(kwargs[k] for k in ("offs",) if k in kwargs)][:3]
+        ends = [0, *offs.tolist()]
+        parts = [x[ends[i] : ends[i + 1]] @ weight[i] for i in range(len(ends) - 1)]
+        product = torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.shape[-1])])
+    return product
 
 
 ATTENTION_ARGUMENTS = (

@@ -32,8 +32,13 @@ class Routing:
     only: int | None = None
     is_measured: bool = True
 
-    def tokens(self, rows: slice) -> Tensor:
-        """Return the token of some rows of the grouped product, which is sorted by expert."""
+    def tokens(self, rows: slice, count: int) -> Tensor | None:
+        """Return the token of some rows of the grouped product, which is sorted by expert.
+
+        ``None`` if the module received another number of tokens than ``count``.
+        """
+        if len(self.hidden_states) != count:
+            return None
         order = torch.sort(self.top_k_index.reshape(-1)).indices
         return (order // self.top_k_index.shape[-1])[rows]
 
@@ -67,11 +72,18 @@ def note_routing(module: nn.Module) -> Iterator[None]:
         is_measured = before is None or before.is_measured
         calls[getcurrent()] = Routing(hidden_states, top_k_index, is_measured=is_measured)
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    handles = [
+        module.register_forward_pre_hook(hook, with_kwargs=True),
+        # a suspended batch would keep the hidden states of every module that it has passed
+        module.register_forward_hook(
+            lambda *_: _calls(module).pop(getcurrent(), None) and None, always_call=True
+        ),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         _ROUTINGS.pop(module, None)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.exempt import exempt_layers
 from symprune_lightning.engine.layers.find import all_layers
@@ -53,13 +54,13 @@ def prunable_layers(
     ignored = {name for entry in ignore for name in matching(entry, names)}
     ignored |= exempt_layers(model, candidates).keys() - set(only or ())
     # a weight that several modules share is left dense for all of them
-    dense = {id(layer.parameter) for layer in candidates if layer.name in ignored}
+    dense = {layer.matrix_key for layer in candidates if layer.name in ignored}
     if only is not None:
         ignored |= set(names) - {name for entry in only for name in matching(entry, names)}
     owners = _parameter_owners(model, candidates)
     layers = []
     for layer in candidates:
-        if layer.name in ignored or (not layer.is_routed and id(layer.parameter) in dense):
+        if layer.name in ignored or layer.matrix_key in dense:
             continue
         # one parameter may hold several layers, but only of the module that owns it
         if owners.setdefault(id(layer.parameter), layer.module) is layer.module:
@@ -68,9 +69,9 @@ def prunable_layers(
     if not layers:
         raise ValueError(
             f"nothing to prune: {type(model).__name__} has {len(candidates)} layers that can be "
-            f"pruned, and all are ignored ({', '.join(ignore) or 'none'}), tied to other modules, "
-            f"or routers, output projections or adapters, which are pruned only if `only` has "
-            f"their exact names"
+            f"pruned, and all are excluded by `ignore` or `only`, tied to other modules, or "
+            f"routers, output projections, adapters or patch embeddings, which are pruned only if "
+            f"`only` has their exact names"
         )
     return layers
 
@@ -158,6 +159,12 @@ def _check_weight(layer: Layer, *, allow_meta: bool) -> None:
             f"zeros would not persist; make the weight a plain parameter first"
         )
     weight = layer.parameter
+    if type(weight) not in (Tensor, nn.Parameter) and not is_dtensor(weight):
+        # quantised tensors of other libraries state a floating dtype, and ignore writes
+        raise ValueError(
+            f"layer {layer.name} holds a {type(weight).__name__}, which is no plain tensor: prune "
+            f"the model before quantising it"
+        )
     if weight.dtype not in FLOATING_DTYPES or len(layer.shape) != 2:
         raise ValueError(
             f"layer {layer.name} holds {weight.dtype} of shape {tuple(weight.shape)}: it is "

@@ -3,9 +3,9 @@
 A hook observes calls of a module. The matrices of packed experts, and weights that another module
 reads, have no such calls. While a run lasts, a *stand-in* shadows their parameter in the instance
 dictionary of its module; ``_parameters``, and so the state dict and every optimizer, keep the
-tensor. The model's own code handles the stand-in like the tensor. Where it multiplies by it, the
-layers concerned are visited, and then the same function runs with the tensor itself: no forward is
-copied, and results are those of the model, bit for bit.
+tensor. The model's own code uses the stand-in in place of the tensor. Where it multiplies by it,
+the layers concerned are visited, and then the same function runs with the tensor itself: no forward
+is copied, and results are those of the model, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from symprune_lightning.engine.layers.base import Layer, follow_gradient
-from symprune_lightning.engine.layers.products import FINDERS, Operand, Use, attention, identity
+from symprune_lightning.engine.layers.products import (
+    GROUPED,
+    Operand,
+    Use,
+    attention,
+    find_uses,
+    grouped_mm,
+    identity,
+)
 
 
 class Listener(Protocol):
@@ -33,7 +41,7 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class Watcher:
-    """A layer and who observes its uses."""
+    """A layer and the callbacks that observe its uses."""
 
     layer: Layer
     on_input: Listener | None
@@ -41,23 +49,30 @@ class Watcher:
 
 
 class WatchedParameter:
-    """The parameter behind a stand-in, and who observes its uses.
+    """The parameter behind a stand-in, and the callbacks that observe its uses.
 
     Args:
         module: The module that holds it.
         name: Its name there.
         is_transposed: Whether its matrices are stored as ``(in, out)`` and not ``(out, in)``.
         is_stacked: Whether it is a stack of matrices, one per layer, and not a single one.
+        only: Returns the matrix whose use is observed at the moment; ``None`` for all.
 
     Attributes:
         watchers: Index of a matrix to the watchers of its layer.
     """
 
     def __init__(
-        self, module: nn.Module, name: str, *, is_transposed: bool = False, is_stacked: bool = False
+        self,
+        module: nn.Module,
+        name: str,
+        *,
+        is_transposed: bool = False,
+        is_stacked: bool = False,
+        only: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.module, self.name = module, name
-        self.is_transposed, self.is_stacked = is_transposed, is_stacked
+        self.is_transposed, self.is_stacked, self.only = is_transposed, is_stacked, only
         self.watchers: defaultdict[int, list[Watcher]] = defaultdict(list)
 
     @property
@@ -126,6 +141,11 @@ class StandIn(Operand):
         """Whether matrices are laid out ``(in, out)``."""
         return self.parameter.is_transposed != self.is_flipped
 
+    @property
+    def only(self) -> int | None:
+        """The matrix whose use is observed; ``None`` for all."""
+        return self.parameter.only()
+
     def visit(self, use: Use) -> None:
         """Notify the watchers of a matrix of its input."""
         self.parameter.visit(use)
@@ -146,7 +166,7 @@ class StandIn(Operand):
         return len(self.tensor)
 
     def __getitem__(self, key: Any) -> Any:
-        is_index = isinstance(key, int) or (isinstance(key, Tensor) and key.numel() == 1)
+        is_index = isinstance(key, int) or (isinstance(key, Tensor) and key.dim() == 0)
         if self.is_matrix or not is_index or (isinstance(key, Tensor) and key.dtype is torch.bool):
             return self.tensor[key]
         index = int(key)
@@ -206,15 +226,16 @@ class StandIn(Operand):
         name = getattr(func, "__name__", "")
         if name == "multi_head_attention_forward":
             return attention(func, args, kwargs)
-        find = FINDERS.get(name)
-        uses = [] if find is None else list(find(*args, **kwargs))
-        parameter = next((a.parameter for a in args if isinstance(a, StandIn)), None)
+        uses = find_uses(name, args, kwargs)
+        given = [*args, *kwargs.values()]
+        parameter = next((a.parameter for a in given if isinstance(a, StandIn)), None)
         if parameter is not None:
             for use in uses:
                 parameter.visit(use)
         # the tensors are taken only now: a visit may prune the layer, or suspend the batch while
         # a placement replaces the parameter
-        output = func(*tree_map(_tensor, args), **tree_map(_tensor, kwargs))
+        args, kwargs = tree_map(_tensor, args), tree_map(_tensor, kwargs)
+        output = grouped_mm(func, args, kwargs) if name in GROUPED else func(*args, **kwargs)
         if parameter is not None and uses and parameter.needs_gradients:
 
             def visit(gradient: Tensor) -> None:
@@ -223,6 +244,19 @@ class StandIn(Operand):
 
             output = follow_gradient(output, visit)
         return output
+
+
+def _delegate(name: str) -> Callable[..., Any]:
+    """Return a method that calls an operator of the tensor; such a use is not observed."""
+
+    def operator(self: StandIn, *args: Any) -> Any:
+        return getattr(self.tensor, name)(*map(_tensor, args))
+
+    return operator
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg"):
+    setattr(StandIn, f"__{_name}__", _delegate(f"__{_name}__"))
 
 
 def _tensor(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from symprune_lightning.engine.layers.base import Layer, LayerKind, Visit, follow_gradient
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class ConvolutionKind(LayerKind):
 
     def layers(self, name: str, module: nn.Module) -> list[Layer]:
         """See `LayerKind`."""
-        if not isinstance(module, Convolution) or module.in_channels == module.groups:
+        if not isinstance(module, Convolution) or is_depthwise(module):
+            return []
+        # a subclass may pad in its forward, or normalise its weight
+        if type(module).forward not in FORWARDS or "weight" not in module._parameters:
             return []
         geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
         return [
@@ -98,6 +102,11 @@ class ConvolutionKind(LayerKind):
             handle.remove()
 
 
+def is_depthwise(module: Convolution) -> bool:
+    """Return whether each input channel has a kernel of its own."""
+    return module.groups > 1 and module.groups == module.in_channels
+
+
 def patches(module: Convolution, x: Tensor) -> Tensor:
     """Return the inputs of a convolution as a matrix product.
 
@@ -119,7 +128,7 @@ def patches(module: Convolution, x: Tensor) -> Tensor:
         # the windows become the last dimension
         x = x.unfold(x.dim() - dims, span, module.stride[i])[..., ::dilation]
     channel = x.dim() - 2 * dims - 1
-    x = torch.stack(x.chunk(module.groups, channel))
+    x = x[None] if module.groups == 1 else torch.stack(x.chunk(module.groups, channel))
     channel += 1  # of a group
     x = x.movedim(channel, x.dim() - dims - 1)
     x = x.flatten(x.dim() - dims - 1)  # channels and kernel

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from symprune_lightning.engine.layers.base import Layer, LayerKind, Visit
+from symprune_lightning.engine.layers.base import Layer, LayerKind, Tokens, Visit
 from symprune_lightning.engine.layers.routing import (
     current_routing,
     measure_all_tokens,
@@ -116,8 +117,9 @@ class PackedExpertsKind(LayerKind):
         """
         if not is_uniform(module):
             raise ValueError(
-                f"experts='all' needs experts of the uniform class of transformers, and "
-                f"{type(module).__name__} is not: use experts='routed'"
+                f"experts='all' requires an experts module that transformers decorates with "
+                f"use_experts_implementation, which {type(module).__name__} is not: use "
+                f"experts='routed'"
             )
         return measure_all_tokens(module, is_needed)
 
@@ -158,6 +160,11 @@ def _num_experts(module: nn.Module, parameter: Tensor) -> int:
     return routed if isinstance(routed, int) else len(parameter)
 
 
+def _indices(selected: Tensor, count: int) -> Tensor | None:
+    """Return the indices of selected tokens; ``None`` if they are not of a batch of ``count``."""
+    return selected.nonzero()[:, 0] if len(selected) == count else None
+
+
 def _view(layer: Layer) -> ExpertView:
     assert isinstance(layer.view, ExpertView)
     return layer.view
@@ -176,7 +183,7 @@ class _ExpertsWatch:
         self.layouts = packed_parameters(module)
         self.is_dense = type(module).__name__ == "Llama4TextExperts"
         # which tokens of a batch were routed to a layer, for modules that compute all of them
-        self._routed: dict[Layer, Tensor] = {}
+        self._routed: dict[Layer, Tokens] = {}
 
     @contextmanager
     def inputs(self, layers: Sequence[Layer]) -> Iterator[None]:
@@ -203,38 +210,49 @@ class _ExpertsWatch:
                 stack.enter_context(note_routing(self.module))
             for name, by_index in members.items():
                 parameter = WatchedParameter(
-                    self.module, name, is_transposed=self.layouts[name][1], is_stacked=True
+                    self.module,
+                    name,
+                    is_transposed=self.layouts[name][1],
+                    is_stacked=True,
+                    only=self._only,
                 )
                 stack.enter_context(watch_uses(parameter, by_index, on_input, on_gradient))
             yield
+
+    def _only(self) -> int | None:
+        """Return the expert that is measured in the current call, if only one is."""
+        routing = current_routing(self.module)
+        return None if routing is None else routing.only
 
     def _on_input(self, layer: Layer, x: Tensor, rows: slice | None) -> None:
         routing = current_routing(self.module)
         if self.is_dense:
             routed = x.any(-1)
-            self.visit(layer, x[routed], lambda: routed.nonzero()[:, 0])
+            self.visit(layer, x[routed], lambda count: _indices(routed, count))
         elif routing is None or rows is None:
             self.visit(layer, x)
         elif routing.is_measured and routing.only in (None, _view(layer).index):
             is_first = layer.parameter_name == next(iter(self.layouts))
             if routing.only is not None and is_first:
-                x = routing.hidden_states  # one tensor for all experts, which is measured once
-                self.visit(layer, x, lambda: torch.arange(len(x), device=x.device))
+                x = routing.hidden_states
+                everything = torch.ones(len(x), dtype=torch.bool, device=x.device)
+                self.visit(layer, x, lambda count: _indices(everything, count))
             else:
-                self.visit(layer, x, lambda: routing.tokens(rows))
+                self.visit(layer, x, lambda count: routing.tokens(rows, count))
 
     def _keep_routed(self, layer: Layer, x: Tensor, rows: slice | None) -> None:
         routing = current_routing(self.module)
         if self.is_dense:
-            self._routed[layer] = x.detach().any(-1).nonzero()[:, 0]
+            routed = x.detach().any(-1)
+            self._routed[layer] = partial(_indices, routed)
         elif routing is not None and rows is not None:
-            self._routed[layer] = routing.tokens(rows)
+            self._routed[layer] = partial(routing.tokens, rows)
 
     def _on_gradient(self, layer: Layer, gradient: Tensor, rows: slice | None) -> None:
         tokens = self._routed.get(layer)
         if self.is_dense and tokens is not None:
-            gradient = gradient[tokens]
-        self.visit(layer, gradient, None if tokens is None else lambda: tokens)
+            gradient = gradient[tokens(len(gradient))]
+        self.visit(layer, gradient, tokens)
 
 
 @contextmanager

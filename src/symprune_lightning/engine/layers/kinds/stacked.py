@@ -93,7 +93,7 @@ class AttentionInputKind(LayerKind):
         """See `LayerKind`.
 
         The function of attention does not return the projections, so their gradients are not
-        observed, and the layers are reported as not reached.
+        observed: all outputs of these layers count the same.
         """
         return _watch(module, layers, None, None)
 
