@@ -157,14 +157,15 @@ class StopAfter(PruningHooks):
             raise RuntimeError("stopped")
 
 
+@pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_has_equal_masks(method, tmp_path):
+def test_a_resumed_run_has_equal_masks(method, name, tmp_path):
     options = METHODS[method]
-    expected = prune(build("mixtral"), **options)
+    expected = prune(build(name), **options)
     stop = StopAfter(len(expected.layers) - 2)
     with pytest.raises(PruningError, match="stopped"):
-        prune(build("mixtral"), journal=tmp_path, hooks=[stop], **options)
-    again = build("mixtral")
+        prune(build(name), journal=tmp_path, hooks=[stop], **options)
+    again = build(name)
     result = prune(again, journal=tmp_path, **options)
     assert_equal(masks_of(result), masks_of(expected))
     assert result.is_applied_to(again)
@@ -425,3 +426,10 @@ def test_an_expert_that_only_the_gradients_miss():
     name = "experts.gate_up_proj.1"
     assert torch.equal(result.masks[name], expected.masks[name])
     assert not torch.equal(result.masks["experts.gate_up_proj.0"], expected.masks[name])
+
+
+def test_expert_parallelism_is_refused():
+    model = Counts()
+    model.experts._is_expert_parallel = True
+    with pytest.raises(ValueError, match="ranks hold different experts"):
+        prune_model(model, [routed([5, 6, 9, 4])], score="wanda")

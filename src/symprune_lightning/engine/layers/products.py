@@ -73,12 +73,12 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-def _linear(x: Any, weight: Any, *_: object, **__: object) -> Iterator[Use]:
+def _linear(x: Any, weight: Any, *_: object) -> Iterator[Use]:
     if isinstance(weight, Operand) and weight.is_matrix and not weight.is_input_first:
         yield Use(weight.index or 0, x, identity)
 
 
-def _matmul(left: Any, right: Any, **_: object) -> Iterator[Use]:
+def _matmul(left: Any, right: Any, *_: object) -> Iterator[Use]:
     if isinstance(right, Operand) and not right.is_matrix:
         yield from _bmm(left, right)
     elif isinstance(right, Operand) and right.is_input_first:
@@ -87,14 +87,19 @@ def _matmul(left: Any, right: Any, **_: object) -> Iterator[Use]:
         yield Use(left.index or 0, right.mT, lambda y: y.mT)
 
 
-def _bmm(x: Any, weight: Any, **_: object) -> Iterator[Use]:
+def _bmm(x: Any, weight: Any, *_: object) -> Iterator[Use]:
     if isinstance(weight, Operand) and not weight.is_matrix and weight.is_input_first:
         for index in range(len(x)):
             yield Use(index, x[index], partial(_select, key=index))
 
 
-def _grouped_mm(x: Any, weight: Any, offs: Tensor, **_: object) -> Iterator[Use]:
-    if isinstance(weight, Operand) and not weight.is_matrix and weight.is_input_first:
+def _grouped_mm(x: Any, weight: Any, offs: Tensor | None = None, *_: object) -> Iterator[Use]:
+    if (
+        offs is not None
+        and isinstance(weight, Operand)
+        and not weight.is_matrix
+        and weight.is_input_first
+    ):
         ends = [0, *offs.tolist()]
         indices = range(len(ends) - 1) if weight.only is None else [weight.only]
         for index in indices:
