@@ -181,8 +181,8 @@ class _ExpertsWatch:
     def __init__(self, module: nn.Module, visit: Visit) -> None:
         if getattr(module, "_is_expert_parallel", False):
             raise ValueError(
-                f"{type(module).__name__} is distributed by expert parallelism, in which ranks hold "
-                f"different experts: use strategy='ddp' or FSDP2"
+                f"{type(module).__name__} is distributed by expert parallelism, in which ranks "
+                f"hold different experts: use strategy='ddp' or FSDP2"
             )
         self.module, self.visit = module, visit
         self.layouts = packed_parameters(module)
