@@ -18,7 +18,6 @@ all their hyper-parameters are defaults.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 import sys
@@ -48,6 +47,7 @@ from symprune_lightning import (
 from symprune_lightning.checkpoints.export import check_destination
 from symprune_lightning.engine.files import atomic_directory
 from symprune_lightning.functional.schedule import warmup_cosine
+from tables import QUIET_TRAINER, append_row, read_rows
 
 Settings = dict[str, Any]
 """Arguments of ``SymPrune``."""
@@ -220,7 +220,9 @@ def train(options: argparse.Namespace) -> None:
         write_texts(folder / TRAINING, training)
         write_texts(folder / HELD_OUT, held_out)
     data = data_module(destination, seed=0)
-    metrics = new_trainer().validate(module_of(destination), datamodule=data, verbose=False)
+    metrics = Trainer(**QUIET_TRAINER).validate(
+        module_of(destination), datamodule=data, verbose=False
+    )
     print(f"held-out perplexity {metrics[0]['val_perplexity']:.3f}")
 
 
@@ -241,17 +243,6 @@ def module_of(folder: Path) -> CausalLMModule:
     return CausalLMModule(folder, dtype="float32")
 
 
-def new_trainer(*callbacks: SymPrune) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
 def lowest_tokens(result: PruneResult) -> int | None:
     """Return the lowest number of tokens of an expert layer; ``None`` without input statistics."""
     return min(
@@ -261,7 +252,7 @@ def lowest_tokens(result: PruneResult) -> int | None:
 
 def runs(options: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
     """Yield budget, method, setting and seed of the runs that have no row yet."""
-    finished = {tuple(row[field] for field in FIELDS[:5]) for row in rows(options.csv)}
+    finished = {tuple(row[field] for field in FIELDS[:5]) for row in read_rows(options.csv)}
     sequences = str(options.sequences)
     for seed in options.seeds:
         for budget in options.budgets:
@@ -279,32 +270,17 @@ def measure(options: argparse.Namespace) -> None:
     for budget, method, setting, seed in runs(options):
         callback = SymPrune(**METHODS[method], **BUDGETS[budget], **SETTINGS[setting])
         data = data_module(options.folder, seed, options.sequences)
-        result = new_trainer(callback).prune(module_of(options.folder), datamodule=data)
+        result = Trainer(callbacks=[callback], **QUIET_TRAINER).prune(
+            module_of(options.folder), datamodule=data
+        )
         perplexities = [
             metrics["val_perplexity"]
             for metrics in (callback.dense_metrics, callback.sparse_metrics)
         ]
         unreached = len(result.unreached) + len(result.pruned_by_magnitude)
         figures = (*perplexities, result.coverage, lowest_tokens(result), unreached)
-        append(options.csv, options.sequences, budget, method, setting, seed, *figures)
-
-
-def append(path: Path, *values: object) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(FIELDS)
-        writer.writerow(values)
-    print(*values, flush=True)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of the CSV file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        run = (options.sequences, budget, method, setting, seed)
+        append_row(options.csv, FIELDS, (*run, *figures))
 
 
 def main() -> None:

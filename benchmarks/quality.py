@@ -16,7 +16,6 @@ defaults.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import statistics
 from collections import defaultdict
@@ -45,6 +44,7 @@ from symprune_lightning import (
     Trainer,
 )
 from symprune_lightning.cli.sweep import Sweep
+from tables import QUIET_TRAINER, append_row, read_rows
 
 Settings = dict[str, Any]
 """Arguments of ``SymPrune``."""
@@ -162,45 +162,24 @@ def study(options: argparse.Namespace) -> list[str]:
         sweep = Sweep(module, data, options.folder / options.text / f"seed-{seed}")
         for budget, name, settings in remaining:
             callback = SymPrune(**settings)
-            result = sweep.run(f"{budget} {name}", trainer(callback), callback)
+            result = sweep.run(
+                f"{budget} {name}", Trainer(callbacks=[callback], **QUIET_TRAINER), callback
+            )
             if result.failure is not None:
                 failures.append(f"{budget} {name}, seed {seed}: {result.failure}")
                 continue
             dense = {"text": options.text, "method": "dense", "seed": str(seed)}
             if not any(dense.items() <= row.items() for row in rows(options.csv)):
-                append(options.csv, options.text, "dense", "dense", seed, result.dense, 0, None)
+                values = (options.text, "dense", "dense", seed, result.dense, 0, None)
+                append_row(options.csv, FIELDS, values)
             figures = (result.perplexity, result.seconds, result.error)
-            append(options.csv, options.text, budget, name, seed, *figures)
+            append_row(options.csv, FIELDS, (options.text, budget, name, seed, *figures))
     return failures
-
-
-def trainer(callback: SymPrune) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def append(path: Path, *values: object) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(FIELDS)
-        writer.writerow(values)
-    print(*values, flush=True)
 
 
 def rows(path: Path, text: str | None = None) -> list[dict[str, str]]:
     """Return the rows of the CSV file, all of them or those of one text."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if text in (None, row["text"])]
+    return [row for row in read_rows(path) if text in (None, row["text"])]
 
 
 def table(path: Path, text: str) -> str:

@@ -13,7 +13,6 @@ run appends a row to the CSV file. Nothing is tuned on the evaluation text.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import time
 from pathlib import Path
@@ -29,11 +28,7 @@ from symprune_lightning import (
     SymPrune,
     Trainer,
 )
-
-FIELDS = (
-    *("text", "sparsity", "steps", "dense", "reconstructed", "distilled"),
-    *("forward_seconds", "forwards", "blocks", "blocks_improved", "zeros_kept"),
-)
+from tables import QUIET_TRAINER, append_row
 
 
 class Perplexities(Callback):
@@ -87,13 +82,9 @@ def run(options: argparse.Namespace, sparsity: float) -> dict[str, object]:
     )
     perplexities = Perplexities()
     trainer = Trainer(
-        accelerator="cpu",
         max_steps=options.steps or -1,
         callbacks=[prune, perplexities, *([Distillation()] if options.steps else [])],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET_TRAINER,
     )
     result = trainer.prune(module, datamodule=data)
     dense, reconstructed, *distilled = perplexities.values
@@ -125,13 +116,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for sparsity in options.sparsities:
         row = run(options, sparsity)
-        is_new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
-        print(row, flush=True)
+        append_row(options.csv, list(row), list(row.values()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python benchmarks/tables.py      # the top of the page: machine and versions
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
 import statistics
@@ -12,6 +13,16 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+QUIET_TRAINER: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Arguments of ``Trainer`` for studies of many runs."""
 
 PACKAGES = ("torch", "transformers", "lightning", "safetensors", "greenlet")
 
@@ -22,6 +33,25 @@ def section(title: str, about: str, heading: Sequence[str], rows: Iterable[Seque
     for row in (heading, ("---", *["---:"] * (len(heading) - 1)), *rows):
         print(f"| {' | '.join(row)} |")
     sys.stdout.flush()
+
+
+def append_row(path: Path, fields: Sequence[str], values: Sequence[object]) -> None:
+    """Append a row to a CSV file, after its header if the file is new, and print it."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(fields)
+        writer.writerow(values)
+    print(*values, flush=True)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def median_and_range(ratios: Sequence[float]) -> tuple[str, str]:

@@ -250,7 +250,7 @@ def test_gradients(name, options):
 
 
 class Counts(nn.Module):
-    """A mixture of experts of transformers, with a router that sends tokens where it is told."""
+    """Experts of transformers that receive the router indices as an argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -433,3 +433,27 @@ def test_expert_parallelism_is_refused():
     model.experts._is_expert_parallel = True
     with pytest.raises(ValueError, match="ranks hold different experts"):
         prune_model(model, [routed([5, 6, 9, 4])], score="wanda")
+
+
+@pytest.mark.parametrize("order", ["layer", "dense"])
+def test_a_resumed_run_names_each_layer_pruned_by_magnitude_once(order, tmp_path):
+    blocks = nn.ModuleList([Counts(), Counts()])
+    x, index = routed([5, 0, 9, 4])
+
+    def forward(model: nn.Module, batch: Any) -> torch.Tensor:
+        return model[1](model[0](batch, index), index)
+
+    names = [
+        prune(
+            copy.deepcopy(blocks),
+            data=[x],
+            forward=forward,
+            score="wanda",
+            calibration_order=order,
+            unreached="magnitude",
+            journal=tmp_path,
+        ).pruned_by_magnitude
+        for _ in range(2)
+    ]
+    assert sorted(names[1]) == sorted(names[0])
+    assert len(names[0]) == 4

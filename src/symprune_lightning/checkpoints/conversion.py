@@ -68,13 +68,14 @@ class CheckpointConversion:
         self._groups = _group_sources(model, transforms, files)
         # transformers keeps the conversions that it used in loading, to revert them in saving
         vars(model)["_weight_conversions"] = [t for t in transforms if t.was_used()]
-        self._check_reversible()
+        self._check_names()
 
-    def _check_reversible(self) -> None:
-        """Check that every parameter is written under the names that it is read from.
+    def _check_names(self) -> None:
+        """Check that every parameter is in the files, and is written under the names read.
 
         Raises:
-            ValueError: The files have other names than those that transformers saves.
+            ValueError: A parameter is missing, or the files have other names than those that
+                transformers saves.
         """
         state = {k: x.to("meta") for k, x in self._model.state_dict().items() if k in self._groups}
         names = revert_weight_conversion(self._model, state).keys()
@@ -86,6 +87,13 @@ class CheckpointConversion:
                 f"saves it for {type(self._model).__name__}: load the model, save it with "
                 f"save_pretrained, and stream that checkpoint"
             )
+        for name, _ in self._model.named_parameters():
+            if name not in self._groups and name not in tied:
+                raise ValueError(
+                    f"{self._folder} has no tensor for {name} of {type(self._model).__name__}, "
+                    f"neither of this name nor one that transformers converts to it: load the full "
+                    f"model instead of streaming it"
+                )
 
     def __contains__(self, key: str) -> bool:
         return key in self._groups

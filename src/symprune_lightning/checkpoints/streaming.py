@@ -110,7 +110,6 @@ class StreamedCheckpoint(WeightPlacement):
         self._skipped_head: nn.Module | None = None
         self._written: dict[str, str] = {}
         self._conversion = CheckpointConversion(model, self._source, self._files)
-        self._check_names()
         self._check_blocks()
 
     def __enter__(self) -> Self:
@@ -255,16 +254,6 @@ class StreamedCheckpoint(WeightPlacement):
                         f"{self._names[block]}.{key} of {type(self.model).__name__} is shared by "
                         f"several blocks: load the full model instead of streaming it"
                     )
-
-    def _check_names(self) -> None:
-        tied = self.model.get_expanded_tied_weights_keys(all_submodels=True)
-        for name, _ in self.model.named_parameters():
-            if name not in self._conversion and name not in tied:
-                raise ValueError(
-                    f"{self._source} has no tensor for {name} of {type(self.model).__name__}, "
-                    f"neither of this name nor one that transformers converts to it: load the full "
-                    f"model instead of streaming it"
-                )
 
 
 def _source_folder(source: str | Path) -> Path:

@@ -15,7 +15,7 @@ from symprune_lightning.engine.forward.calibration import Calibration
 from symprune_lightning.engine.forward.recorder import Recorder
 from symprune_lightning.engine.forward.suspended import SuspendedForward
 from symprune_lightning.engine.journal import Journal
-from symprune_lightning.engine.layers.base import Layer, watch_layers
+from symprune_lightning.engine.layers.base import Layer, distinct_parameters, watch_layers
 from symprune_lightning.engine.layers.select import excluded_layers
 from symprune_lightning.engine.plan import PruningPlan, num_groups, prefix_errors
 from symprune_lightning.engine.result import Trial
@@ -147,8 +147,8 @@ class AllocationResolver:
             Plan and trial of each candidate, best first.
         """
         layers, communicator = self.plan.layers, self.calibration.communicator
-        parameters = {id(layer.parameter): layer.parameter for layer in layers}
-        dense_weights = {key: p.detach().clone() for key, p in parameters.items()}
+        parameters = distinct_parameters(layers)
+        dense_weights = [parameter.detach().clone() for parameter in parameters]
         dense_states = list(self._last_hidden_states())
         results = []
         for allocation in candidates:
@@ -159,8 +159,8 @@ class AllocationResolver:
                 for x, y in zip(self._last_hidden_states(), dense_states, strict=True):
                     sums += torch.stack([(x - y).square().sum(), y.square().sum()]).double().cpu()
             finally:
-                for key, weight in dense_weights.items():
-                    parameters[key].copy_(weight)
+                for parameter, weight in zip(parameters, dense_weights, strict=True):
+                    parameter.copy_(weight)
             change, norm = communicator.all_reduce_sum(sums).tolist()
             results.append((plan, Trial(allocation, change / max(norm, 1e-30))))
         return sorted(results, key=lambda result: result[1].error)

@@ -10,6 +10,7 @@ from torch import nn
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.exempt import ROUTER, exempt_layers, is_router_class
 from symprune_lightning.engine.layers.find import all_layers
+from symprune_lightning.engine.layers.kinds.convolution import Convolution, is_depthwise
 from symprune_lightning.engine.layers.select import decoder_blocks
 from symprune_lightning.engine.result import DenseWeight, PruneResult
 from symprune_lightning.errors import PruningWarning
@@ -103,9 +104,9 @@ def _block_weights(
 
 
 def _reason_without_layer(module: nn.Module) -> str:
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        is_depthwise = module.groups > 1 and module.groups == module.in_channels
-        return "depthwise convolution" if is_depthwise else "convolution with its own forward"
+    if isinstance(module, Convolution):
+        is_own = not is_depthwise(module)
+        return "convolution with its own forward" if is_own else "depthwise convolution"
     if is_router_class(module):
         return ROUTER
     return f"parameter of {type(module).__name__}, which is no layer"

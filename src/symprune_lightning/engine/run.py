@@ -6,7 +6,7 @@ Longer than 300 lines since the steps of a run share its state.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from symprune_lightning.engine.forward.recorder import Recorder
 from symprune_lightning.engine.forward.suspended import BlockTraining, SuspendedForward
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
-from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.base import Layer, distinct_parameters
 from symprune_lightning.engine.layers.changes import LayerChange
 from symprune_lightning.engine.masking import NUM_SUMS, RowPruner, RowSlice
 from symprune_lightning.engine.plan import PruningPlan
@@ -87,11 +87,15 @@ class PruningRun:
     def skip(self, layers: Sequence[Layer]) -> None:
         """Prune layers that no batch reached by magnitude, if the method says so."""
         if self.plan.method.unreached == "magnitude" and layers:
-            self.result.pruned_by_magnitude.extend(layer.name for layer in layers)
-            self.prune(layers)
+            self._prune(layers, self._prune_group_by_magnitude)
 
     def prune(self, layers: Sequence[Layer]) -> None:
         """Prune layers whose statistics are complete."""
+        self._prune(layers, self._prune_group)
+
+    def _prune(
+        self, layers: Sequence[Layer], prune_group: Callable[[Sequence[Layer]], None]
+    ) -> None:
         for group in self.plan.comparison_groups(layers):
             if self._is_recorded(group):
                 self._restore(group)
@@ -99,7 +103,7 @@ class PruningRun:
             if self.journal is not None:
                 self.journal.start_block(self.plan.block_indices[group[0].name])
             with torch.autocast(group[0].parameter.device.type, enabled=False):
-                self._prune_group(group)
+                prune_group(group)
         if self._recorder is not None:
             self._recorder.release(layer.name for layer in layers)
         # autocast caches half-precision copies of weights, which are the dense ones
@@ -107,9 +111,7 @@ class PruningRun:
 
     def check_ranks(self) -> None:
         """Check that all ranks hold the same weights, where each of them holds full ones."""
-        # by identity: a parameter may hold many layers
-        parameters = {id(x.parameter): x.parameter for x in self.plan.layers}
-        weights = [p for p in parameters.values() if not is_dtensor(p)]
+        weights = [p for p in distinct_parameters(self.plan.layers) if not is_dtensor(p)]
         if weights and self.calibration.placement.always_loaded:
             self.calibration.communicator.assert_identical_weights(weights)
 
@@ -167,37 +169,42 @@ class PruningRun:
 
     def _report_unreached(self) -> None:
         """Name the layers that were measured on no token, or on few."""
-        pruned = {report.name for report in self.result.layers}
-        unreached = [layer for layer in self.plan.layers if layer.name not in pruned]
-        if not pruned - set(self.result.pruned_by_magnitude):
+        # every layer that was measured has an error
+        if all(report.error is None for report in self.result.layers):
             raise ValueError(
                 f"none of the {len(self.plan.layers)} prunable layers, such as "
                 f"{self.plan.layers[0].name}, was called during calibration: does `forward` run "
                 f"this model?"
             )
         if self.calibration.placement.always_loaded:
-            self.skip(unreached)
-            pruned |= set(self.result.pruned_by_magnitude)
-        names = [layer.name for layer in unreached if layer.name not in pruned]
-        self.result.unreached.extend(names)
-        _warn_about(names, "no calibration batch reached these layers, which are still dense")
+            self.skip(self._dense_layers())
+        reports, result = self.result.layers, self.result
+        result.pruned_by_magnitude.extend(r.name for r in reports if r.error is None)
+        result.unreached.extend(layer.name for layer in self._dense_layers())
         _warn_about(
-            self.result.pruned_by_magnitude,
+            result.unreached, "no calibration batch reached these layers, which are still dense"
+        )
+        _warn_about(
+            result.pruned_by_magnitude,
             "no calibration batch reached these layers, which were pruned by magnitude",
         )
         if self.sensitivity:
             _warn_about(
-                [r.name for r in self.result.layers if r.tokens and r.name not in self.sensitivity],
+                [r.name for r in reports if r.tokens and r.name not in self.sensitivity],
                 "no gradient was measured for these layers (the dense model sent them no token), "
                 "so all their outputs count the same",
             )
         if "gram" in self.plan.method.needs:
             _warn_about(
-                [r.name for r in self.result.layers if 0 < r.tokens < r.shape[1]],
+                [r.name for r in reports if 0 < r.tokens < r.shape[1]],
                 "these layers received fewer calibration tokens than they have inputs, so that "
                 "their Gram matrix is singular, and refining or updating them is unreliable (use "
                 "more calibration data; for experts, experts='all')",
             )
+
+    def _dense_layers(self) -> list[Layer]:
+        pruned = {report.name for report in self.result.layers}
+        return [layer for layer in self.plan.layers if layer.name not in pruned]
 
     def _is_recorded(self, layers: Sequence[Layer]) -> bool:
         return self.journal is not None and all(self.journal.is_finished(x.name) for x in layers)
@@ -206,10 +213,7 @@ class PruningRun:
         """Apply the recorded masks and weights of finished layers."""
         for layer in layers:
             assert self.journal is not None
-            record = self.journal.read(layer)
-            if self._recorder is not None and record.report.error is None:
-                self.result.pruned_by_magnitude.append(layer.name)
-            self._commit(layer, record)
+            self._commit(layer, self.journal.read(layer))
 
     def _restore_modules(self, modules: set[nn.Module]) -> None:
         """Restore the finished layers among modules that have just been loaded."""
@@ -228,12 +232,16 @@ class PruningRun:
 
     def _prune_group(self, layers: Sequence[Layer]) -> None:
         """Prune layers that compete with one another."""
-        rows = self._rows
-        if layers[0].name in self.result.pruned_by_magnitude:
-            rows = RowPruner(self.plan.by_magnitude(), self.calibration.communicator, self.hooks)
-            statistics = [Statistics(layer=layer.name) for layer in layers]
-        else:
-            statistics = [self._statistics(layer) for layer in layers]
+        self._compute_and_finish(layers, self._rows, [self._statistics(layer) for layer in layers])
+
+    def _prune_group_by_magnitude(self, layers: Sequence[Layer]) -> None:
+        """The same for layers without statistics."""
+        rows = RowPruner(self.plan.by_magnitude(), self.calibration.communicator, self.hooks)
+        self._compute_and_finish(layers, rows, [Statistics(layer=layer.name) for layer in layers])
+
+    def _compute_and_finish(
+        self, layers: Sequence[Layer], rows: RowPruner, statistics: Sequence[Statistics]
+    ) -> None:
         weights = [layer.matrix() for layer in layers]
         slices: list[RowSlice] = []
         error = None

@@ -39,7 +39,7 @@ class SuspendedBatch(greenlet.greenlet):
         self.trace: list[nn.Module] | None = None
         """The modules whose layers were used, for a batch that only traces their order."""
         self.is_computing_target = False
-        """Whether a block is being called to compute the target of its reconstruction."""
+        """True while a block is called to compute the target of its reconstruction."""
         self.block_call: BlockCall | None = None
         """The call of the block that the batch waits at, if blocks are reconstructed."""
         self.dense_states: Tensor | None = None

@@ -35,7 +35,7 @@ from symprune_lightning.engine.forward.offload import OffloadedTensor
 from symprune_lightning.engine.forward.padding import valid_tokens
 from symprune_lightning.engine.forward.recorder import Recorder, valid_rows
 from symprune_lightning.engine.forward.targets import BlockTargets
-from symprune_lightning.engine.layers.base import Layer, Tokens, watch_layers
+from symprune_lightning.engine.layers.base import Layer, Tokens, group_by_module, watch_layers
 from symprune_lightning.engine.layers.order import execution_order
 from symprune_lightning.engine.layers.select import decoder_blocks, excluded_layers
 from symprune_lightning.functional.statistics import CalibrationOrder
@@ -313,9 +313,6 @@ class SuspendedForward:
 
     def _measure_all_tokens(self, stack: ExitStack) -> None:
         """Call experts with all tokens while one of their layers is measured."""
-        by_module: dict[nn.Module, list[Layer]] = {}
-        for layer in self.layers:
-            by_module.setdefault(layer.module, []).append(layer)
 
         def is_needed(layers: Sequence[Layer]) -> bool:
             batch = current_batch()
@@ -323,7 +320,7 @@ class SuspendedForward:
                 return False
             return batch.is_measuring or any(layer in self._pending for layer in layers)
 
-        for module, layers in by_module.items():
+        for module, layers in group_by_module(self.layers).items():
             kind = layers[0].kind
             stack.enter_context(kind.measure_all_tokens(module, partial(is_needed, layers)))
 

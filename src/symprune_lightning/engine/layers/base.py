@@ -257,16 +257,26 @@ def watch_first_argument(
         handle.remove()
 
 
+def group_by_module(layers: Iterable[Layer]) -> dict[nn.Module, list[Layer]]:
+    """Return the layers of each module, in order."""
+    by_module: dict[nn.Module, list[Layer]] = {}
+    for layer in layers:
+        by_module.setdefault(layer.module, []).append(layer)
+    return by_module
+
+
+def distinct_parameters(layers: Iterable[Layer]) -> list[Tensor]:
+    """Return the parameters of layers; one that holds several of them once."""
+    return list({id(layer.parameter): layer.parameter for layer in layers}.values())
+
+
 @contextmanager
 def watch_layers(
     layers: Iterable[Layer], visit: Visit, visit_gradient: Visit | None = None
 ) -> Iterator[None]:
     """Watch the inputs of all given layers, and the gradients of their outputs if requested."""
-    by_module: dict[nn.Module, list[Layer]] = {}
-    for layer in layers:
-        by_module.setdefault(layer.module, []).append(layer)
     with ExitStack() as stack:
-        for module, members in by_module.items():
+        for module, members in group_by_module(layers).items():
             kind = members[0].kind
             stack.enter_context(kind.watch(module, members, visit))
             if visit_gradient is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.base import Layer, group_by_module
 
 OUTPUT_PROJECTION = "output projection"
 ROUTER = "router"
@@ -86,9 +86,7 @@ def _routers(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
     A router is next to experts, or next to the module that holds them, and has one output for each
     of them.
     """
-    by_module: dict[nn.Module, list[Layer]] = {}
-    for layer in layers:
-        by_module.setdefault(layer.module, []).append(layer)
+    by_module = group_by_module(layers)
     parents = {child: module for module in model.modules() for child in module.children()}
     for experts, count in _experts(model, by_module):
         inner = experts

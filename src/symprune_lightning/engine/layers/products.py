@@ -10,11 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+
+from symprune_lightning.engine.layers.base import identity
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,12 @@ class Operand(ABC):
     @property
     @abstractmethod
     def is_matrix(self) -> bool:
-        """Whether this is the matrix of one layer, and not a stack."""
+        """True for the matrix of one layer, False for a stack."""
 
     @property
     @abstractmethod
     def is_input_first(self) -> bool:
-        """Whether matrices are laid out ``(in, out)``."""
+        """True if matrices are laid out ``(in, out)``."""
 
     @property
     @abstractmethod
@@ -66,11 +69,6 @@ class Operand(ABC):
     @abstractmethod
     def visit(self, use: Use) -> None:
         """Notify the watchers of a matrix of its input."""
-
-
-def identity(x: Tensor) -> Tensor:
-    """Return the tensor itself."""
-    return x
 
 
 def _linear(x: Any, weight: Any, *_: object) -> Iterator[Use]:
@@ -140,59 +138,50 @@ def _einsum(equation: Any, *operands: Any) -> Iterator[Use]:
         )
 
 
-FINDERS: dict[str, Callable[..., Iterator[Use]]] = {
-    "linear": _linear,
-    "matmul": _matmul,
-    "__matmul__": _matmul,
-    "mm": _matmul,
-    "bmm": _bmm,
-    "grouped_mm": _grouped_mm,
-    "_grouped_mm": _grouped_mm,
-    "grouped_mm_fallback": _grouped_mm,
-    "einsum": _einsum,
+PRODUCTS: dict[str, tuple[Callable[..., Iterator[Use]], tuple[str, ...]]] = {
+    "linear": (_linear, ("input", "weight")),
+    "matmul": (_matmul, ("input", "other")),
+    "__matmul__": (_matmul, ()),
+    "mm": (_matmul, ("input", "mat2")),
+    "bmm": (_bmm, ("input", "mat2")),
+    "grouped_mm": (_grouped_mm, ("mat_a", "mat_b", "offs")),
+    "_grouped_mm": (_grouped_mm, ("self", "mat2", "offs")),
+    "grouped_mm_fallback": (_grouped_mm, ("input", "weight", "offs")),
+    "einsum": (_einsum, ()),
 }
-"""Function name to the function that finds uses among its arguments. A product that is not listed,
-or along the outputs of a matrix, is no use: layers without one are reported as not reached."""
-
-
-OPERANDS = {
-    "linear": ("input", "weight"),
-    "matmul": ("input", "other"),
-    "mm": ("input", "mat2"),
-    "bmm": ("input", "mat2"),
-    "grouped_mm": ("mat_a", "mat_b", "offs"),
-    "_grouped_mm": ("self", "mat2", "offs"),
-    "grouped_mm_fallback": ("input", "weight", "offs"),
-}
-"""Names of the arguments that a finder takes, in order."""
-
-GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+"""Function name to the function that finds uses among its operands, and their names as keywords. A
+product that is not listed, or along the outputs of a matrix, is no use: layers without one are
+reported as not reached."""
 
 
 def find_uses(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Use]:
     """Return the uses of matrices in a call of a function of torch."""
-    find = FINDERS.get(name)
-    if find is None:
-        return []
-    missing = OPERANDS.get(name, ())[len(args) :]
-    return list(find(*args, *(kwargs[key] for key in missing if key in kwargs)))
+    return list(PRODUCTS[name][0](*_operands(name, args, kwargs))) if name in PRODUCTS else []
 
 
-def grouped_mm(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Tensor:
-    """Call a grouped product, or multiply group by group where its kernel refuses the operands.
+def _operands(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the operands of a product, positional or not."""
+    keywords = PRODUCTS[name][1][len(args) :]
+    return [*args, *(kwargs[key] for key in keywords if key in kwargs)]
 
-    Kernels have no float64 and require aligned rows, which the model's own implementation may not.
+
+def call(
+    func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call a function of torch on tensors.
+
+    A grouped product is computed group by group where its kernel refuses the operands: kernels have
+    no float64 and require aligned rows, which the model's own implementation may not.
     """
+    if name not in PRODUCTS or PRODUCTS[name][0] is not _grouped_mm:
+        return func(*args, **kwargs)
     try:
-        product: Tensor = func(*args, **kwargs)
+        return func(*args, **kwargs)
     except RuntimeError:
-        x, weight, offs = [*args, *(kwargs[k] for k in ("offs",) if k in kwargs)][:3]
+        x, weight, offs = _operands(name, args, kwargs)[:3]
         ends = [0, *offs.tolist()]
-        parts = [x[ends[i] : ends[i + 1]] @ weight[i] for i in range(len(ends) - 1)]
-        product = torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.shape[-1])])
-    return product
+        parts = [x[start:end] @ weight[i] for i, (start, end) in enumerate(pairwise(ends))]
+        return torch.cat([*parts, x.new_zeros(len(x) - ends[-1], weight.shape[-1])])
 
 
 ATTENTION_ARGUMENTS = (

@@ -72,12 +72,13 @@ def note_routing(module: nn.Module) -> Iterator[None]:
         is_measured = before is None or before.is_measured
         calls[getcurrent()] = Routing(hidden_states, top_k_index, is_measured=is_measured)
 
+    def forget(*_: object) -> None:
+        # a suspended batch would keep the hidden states of every module that it has passed
+        _calls(module).pop(getcurrent(), None)
+
     handles = [
         module.register_forward_pre_hook(hook, with_kwargs=True),
-        # a suspended batch would keep the hidden states of every module that it has passed
-        module.register_forward_hook(
-            lambda *_: _calls(module).pop(getcurrent(), None) and None, always_call=True
-        ),
+        module.register_forward_hook(forget, always_call=True),
     ]
     try:
         yield
@@ -99,7 +100,7 @@ def measure_all_tokens(module: nn.Module, is_needed: Callable[[], bool]) -> Iter
     """Before each call of an experts module, call every expert with all tokens.
 
     Args:
-        module: A module of the uniform class of experts.
+        module: A module of the uniform class of experts, inside ``note_routing``.
         is_needed: Called before each call; returns whether a layer is measured.
     """
 
@@ -116,15 +117,8 @@ def measure_all_tokens(module: nn.Module, is_needed: Callable[[], bool]) -> Iter
         # the call that follows gives the output, and is not measured again
         calls[getcurrent()] = Routing(hidden_states, top_k_index, is_measured=False)
 
-    def after(*_: object) -> None:
-        _calls(module).pop(getcurrent(), None)
-
-    handles = [
-        module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-        module.register_forward_hook(after, always_call=True),
-    ]
+    handle = module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()

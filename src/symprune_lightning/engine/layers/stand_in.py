@@ -20,16 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from symprune_lightning.engine.layers.base import Layer, follow_gradient
-from symprune_lightning.engine.layers.products import (
-    GROUPED,
-    Operand,
-    Use,
-    attention,
-    find_uses,
-    grouped_mm,
-    identity,
-)
+from symprune_lightning.engine.layers.base import Layer, follow_gradient, identity
+from symprune_lightning.engine.layers.products import Operand, Use, attention, call, find_uses
 
 
 class Listener(Protocol):
@@ -84,7 +76,7 @@ class WatchedParameter:
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether anyone observes gradients."""
+        """True if a callback observes gradients."""
         return any(w.on_gradient is not None for group in self.watchers.values() for w in group)
 
     def visit(self, use: Use) -> None:
@@ -128,26 +120,26 @@ class StandIn(Operand):
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor that this object stands for."""
+        """See `Operand`."""
         return self.function(self.parameter.tensor)
 
     @property
     def is_matrix(self) -> bool:
-        """Whether this is the matrix of one layer."""
+        """See `Operand`."""
         return self.index is not None or not self.parameter.is_stacked
 
     @property
     def is_input_first(self) -> bool:
-        """Whether matrices are laid out ``(in, out)``."""
+        """See `Operand`."""
         return self.parameter.is_transposed != self.is_flipped
 
     @property
     def only(self) -> int | None:
-        """The matrix whose use is observed; ``None`` for all."""
+        """See `Operand`."""
         return self.parameter.only()
 
     def visit(self, use: Use) -> None:
-        """Notify the watchers of a matrix of its input."""
+        """See `Operand`."""
         self.parameter.visit(use)
 
     def __getattr__(self, name: str) -> Any:
@@ -166,8 +158,8 @@ class StandIn(Operand):
         return len(self.tensor)
 
     def __getitem__(self, key: Any) -> Any:
-        is_index = isinstance(key, int) or (isinstance(key, Tensor) and key.dim() == 0)
-        if self.is_matrix or not is_index or (isinstance(key, Tensor) and key.dtype is torch.bool):
+        is_scalar = isinstance(key, Tensor) and key.dim() == 0 and key.dtype is not torch.bool
+        if self.is_matrix or not (isinstance(key, int) or is_scalar):
             return self.tensor[key]
         index = int(key)
         return self._derived(lambda stack: stack[index], index=index)
@@ -198,20 +190,25 @@ class StandIn(Operand):
         viewed = self.tensor.view(*shape)
         if self.is_matrix or viewed.dim() != 3 or self.is_flipped:
             return viewed
-        return self._derived(lambda x: x.view(viewed.shape))
+        size = viewed.shape
+        return self._derived(lambda x: x.view(size))
 
     def __matmul__(self, other: Tensor) -> Any:
         return torch.matmul(self, other)  # type: ignore[arg-type]
 
     def _derived(
-        self, view: Callable[[Tensor], Tensor], *, index: int | None = None, **changes: Any
+        self,
+        view: Callable[[Tensor], Tensor],
+        *,
+        index: int | None = None,
+        is_flipped: bool | None = None,
     ) -> StandIn:
         outer = self.function
         return StandIn(
             self.parameter,
             lambda tensor: view(outer(tensor)),
             index=self.index if index is None else index,
-            is_flipped=changes.get("is_flipped", self.is_flipped),
+            is_flipped=self.is_flipped if is_flipped is None else is_flipped,
         )
 
     @classmethod
@@ -235,7 +232,7 @@ class StandIn(Operand):
         # the tensors are taken only now: a visit may prune the layer, or suspend the batch while
         # a placement replaces the parameter
         args, kwargs = tree_map(_tensor, args), tree_map(_tensor, kwargs)
-        output = grouped_mm(func, args, kwargs) if name in GROUPED else func(*args, **kwargs)
+        output = call(func, name, args, kwargs)
         if parameter is not None and uses and parameter.needs_gradients:
 
             def visit(gradient: Tensor) -> None:

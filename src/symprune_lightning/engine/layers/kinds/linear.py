@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 
@@ -17,7 +17,8 @@ from symprune_lightning.engine.layers.base import (
     watch_first_argument,
 )
 from symprune_lightning.engine.layers.kinds.stacked import num_groups
-from symprune_lightning.engine.layers.stand_in import Listener, WatchedParameter, watch_uses
+from symprune_lightning.engine.layers.stand_in import WatchedParameter
+from symprune_lightning.engine.layers.stand_in_kind import StandInKind
 
 
 class LinearKind(LayerKind):
@@ -35,7 +36,7 @@ class LinearKind(LayerKind):
         return watch_first_argument(module, layers, visit)
 
 
-class ReadLinearKind(LayerKind):
+class ReadLinearKind(StandInKind):
     """``nn.Linear`` whose weight its parent multiplies by, instead of calling it.
 
     Such as ``dt_proj`` of Mamba, and the output projection of ``nn.MultiheadAttention``. Whether
@@ -51,24 +52,11 @@ class ReadLinearKind(LayerKind):
             if isinstance(child, nn.Linear) and reads_weight(module, key)
         ]
 
-    def watch(
-        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
-    ) -> AbstractContextManager[None]:
-        """See `LayerKind`."""
-        return _watch(module, layers[0], lambda layer, x, _: visit(layer, x), None)
-
-    def watch_gradients(
-        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
-    ) -> AbstractContextManager[None]:
-        """See `LayerKind`."""
-        return _watch(module, layers[0], None, lambda layer, x, _: visit(layer, x))
-
-
-def _watch(
-    module: nn.Module, layer: Layer, on_input: Listener | None, on_gradient: Listener | None
-) -> AbstractContextManager[None]:
-    parameter = WatchedParameter(module, layer.parameter_name)
-    return watch_uses(parameter, {0: layer}, on_input, on_gradient)
+    def parameters(
+        self, module: nn.Module, layers: Sequence[Layer]
+    ) -> Iterator[tuple[WatchedParameter, dict[int, Layer]]]:
+        """See `StandInKind`."""
+        yield WatchedParameter(module, layers[0].parameter_name), {0: layers[0]}
 
 
 def reads_weight(module: nn.Module, child: str) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from symprune_lightning.engine.layers.base import Layer, LayerKind, Visit
-from symprune_lightning.engine.layers.stand_in import Listener, WatchedParameter, watch_uses
+from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.stand_in import WatchedParameter
+from symprune_lightning.engine.layers.stand_in_kind import StandInKind
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def num_groups(module: nn.Module) -> int:
     return int(module.n_groups) if "DeepseekV4GroupedLinear" in names else 1  # type: ignore[arg-type]
 
 
-class GroupedLinearKind(LayerKind):
+class GroupedLinearKind(StandInKind):
     """Linear layers whose outputs are divided into groups with inputs of their own.
 
     As ``o_a_proj`` of DeepSeek-V4. Each group is a layer, named ``o_a_proj.0``.
@@ -51,24 +51,19 @@ class GroupedLinearKind(LayerKind):
         views = [StackView(index, count) for index in range(count)]
         return [Layer(f"{name}.{view.index}", module, self, view=view) for view in views]
 
-    def watch(
-        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
-    ) -> AbstractContextManager[None]:
-        """See `LayerKind`."""
-        return _watch(module, layers, lambda layer, x, _: visit(layer, x), None)
-
-    def watch_gradients(
-        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
-    ) -> AbstractContextManager[None]:
-        """See `LayerKind`."""
-        return _watch(module, layers, None, lambda layer, x, _: visit(layer, x))
+    def parameters(
+        self, module: nn.Module, layers: Sequence[Layer]
+    ) -> Iterator[tuple[WatchedParameter, dict[int, Layer]]]:
+        """See `StandInKind`."""
+        yield _stack(module, layers)
 
 
-class AttentionInputKind(LayerKind):
+class AttentionInputKind(StandInKind):
     """The packed input projection of ``nn.MultiheadAttention``.
 
     The projections of queries, keys and values are layers, named ``in_proj_weight.0`` to ``.2``.
-    Its output projection is a `ReadLinearKind`.
+    Its output projection is a `ReadLinearKind`. The function of attention does not return the
+    projections, so their gradients are not observed: all outputs of these layers count the same.
     """
 
     def layers(self, name: str, module: nn.Module) -> list[Layer]:
@@ -81,32 +76,16 @@ class AttentionInputKind(LayerKind):
         views = [StackView(index, 3) for index in range(3)]
         return [Layer(f"{prefix}.{v.index}", module, self, key, view=v) for v in views]
 
-    def watch(
-        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
-    ) -> AbstractContextManager[None]:
-        """See `LayerKind`."""
-        return _watch(module, layers, lambda layer, x, _: visit(layer, x), None)
-
-    def watch_gradients(
-        self, module: nn.Module, layers: Sequence[Layer], visit: Visit
-    ) -> AbstractContextManager[None]:
-        """See `LayerKind`.
-
-        The function of attention does not return the projections, so their gradients are not
-        observed: all outputs of these layers count the same.
-        """
-        return _watch(module, layers, None, None)
+    def parameters(
+        self, module: nn.Module, layers: Sequence[Layer]
+    ) -> Iterator[tuple[WatchedParameter, dict[int, Layer]]]:
+        """See `StandInKind`."""
+        yield _stack(module, layers)
 
 
-def _watch(
-    module: nn.Module,
-    layers: Sequence[Layer],
-    on_input: Listener | None,
-    on_gradient: Listener | None,
-) -> AbstractContextManager[None]:
+def _stack(module: nn.Module, layers: Sequence[Layer]) -> tuple[WatchedParameter, dict[int, Layer]]:
     parameter = WatchedParameter(module, layers[0].parameter_name, is_stacked=True)
-    by_index = {_index(layer): layer for layer in layers}
-    return watch_uses(parameter, by_index, on_input, on_gradient)
+    return parameter, {_index(layer): layer for layer in layers}
 
 
 def _index(layer: Layer) -> int:
