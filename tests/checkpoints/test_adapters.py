@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -125,6 +126,97 @@ def test_layers_without_zeros_are_merged_completely():
     merged, lost = merge_adapters(adapted)
     assert torch.allclose(merged.model.layers[0].self_attn.k_proj.weight, expected, atol=1e-6)
     assert {name.rpartition(".")[2] for name in lost} == {"q_proj"}
+
+
+def test_adapters_of_embeddings_and_of_tokens_are_merged():
+    model, result = pruned()
+    before = model.model.embed_tokens.weight.detach().clone()
+    adapted = get_peft_model(model, adapter("embed_tokens", "q_proj"))
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(parameter, std=0.1)
+    change = adapted.base_model.model.model.embed_tokens.get_delta_weight("default").detach()
+    merged, lost = merge_adapters(adapted)
+    assert change.norm() > 1
+    assert torch.allclose(merged.model.embed_tokens.weight, before + change, atol=1e-6)
+    assert result.is_applied_to(merged)
+    assert {name.rpartition(".")[2] for name in lost} == {"q_proj"}
+
+    model, result = pruned()
+    config = LoraConfig(
+        target_modules=["q_proj"], trainable_token_indices=[3, 5], task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    ids = batches("llama")[0]["input_ids"].clone()
+    embeddings = adapted.base_model.model.model.embed_tokens(ids).detach()
+    before = build("llama").model.embed_tokens(ids).detach()
+    assert not torch.equal(embeddings, before)
+    merged, _ = merge_adapters(adapted)
+    assert torch.allclose(merged.model.embed_tokens(ids), embeddings, atol=1e-6)
+    assert result.is_applied_to(merged)
+
+
+def test_adapters_of_convolutions_are_merged():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    images = torch.randn(2, 8, 8, 8)
+    result = prune_model(model, [images], score="wanda")
+    weight = model[0].weight.detach().clone()
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"]))
+    randomize_(adapted, "default")
+    change = adapted.base_model.model[0].get_delta_weight("default").detach()
+    merged, lost = merge_adapters(adapted)
+    assert result.is_applied_to(merged)
+    assert set(lost) == {"0", "2"}
+    assert torch.allclose(merged[0].weight, weight + change * (weight != 0), atol=1e-6)
+
+
+def test_adapters_of_packed_experts_are_merged():
+    model, result = pruned("mixtral")
+    name = next(name for name in result.masks if "gate_up_proj" in name)
+    parameter = name.rpartition(".")[0]
+    weight = model.get_parameter(parameter).detach().clone()
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
+    )
+    adapted = get_peft_model(model, config)
+    for key, tensor in adapted.named_parameters():
+        if "lora_" in key:
+            nn.init.normal_(tensor, std=0.1)
+    merged, lost = merge_adapters(adapted)
+    assert name in lost
+    assert result.is_applied_to(merged)
+    changed = merged.get_parameter(parameter) != weight
+    assert torch.equal(changed, weight != 0)
+
+
+def test_adapters_that_cannot_be_merged_are_named():
+    model, _ = pruned()
+    config = peft.PolyConfig(r=2, n_tasks=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.q_proj, a .*poly.* cannot be merged"
+    ):
+        merge_adapters(adapted)
+
+
+def test_a_trained_copy_of_a_pruned_layer_keeps_its_zeros():
+    model, result = pruned()
+    config = LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["up_proj"], task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    trained = adapted.base_model.model.model.layers[0].mlp.up_proj.modules_to_save["default"].weight
+    merged, _ = merge_adapters(adapted)
+    assert result.is_applied_to(merged)
+    mask = result.masks["model.layers.0.mlp.up_proj"]
+    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight[mask], trained[mask])
 
 
 def test_models_that_cannot_be_merged():

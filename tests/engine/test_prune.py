@@ -324,8 +324,19 @@ def test_wrong_arguments(options, message):
 
 
 def test_tensor_passed_as_batches():
-    with pytest.raises(ValueError, match="batches is one tensor; pass an iterable"):
+    with pytest.raises(ValueError, match="batches is one Tensor; pass an iterable"):
         prune_model(mlp(), torch.randn(4, 16))
+
+
+def test_batches_of_another_type_are_refused():
+    for data in ({"input": torch.randn(4, 16)}, "text"):
+        with pytest.raises(ValueError, match="pass an iterable of batches, such as"):
+            prune_model(mlp(), data)
+
+
+def test_a_model_that_is_no_module_is_refused():
+    with pytest.raises(TypeError, match="model is a str, which is no nn"):
+        prune_model("gpt2", [torch.randn(4, 16)])
 
 
 def test_batches_of_single_samples():

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, get_args
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -177,8 +176,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
         batches = communicator.shard(calibration_batches(trainer, module, self.calibration))
         observers = [hook for hook in pruning_hooks(trainer) if hook is not self]
         start = time.perf_counter()
-        # compiled code does not call the hooks of its modules
-        with progress_hooks(trainer) as progress, torch.compiler.set_stance("force_eager"):
+        with progress_hooks(trainer) as progress:
             self.result = self.prune(
                 pruning_target(module),
                 transfer_batches(batches, trainer),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.find import all_layers
+from symprune_lightning.engine.layers.names import is_adapted, module_names
 
 
 @torch.no_grad()
@@ -27,29 +31,57 @@ def merge_adapters(model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
 
     Raises:
         TypeError: The model is no ``PeftModel``.
-        ValueError: No adapter is on a layer with zeros: use peft's ``merge_and_unload``.
+        ValueError: No adapter is on a layer with zeros: use peft's ``merge_and_unload``. Or an
+            adapter cannot be merged; nothing has changed.
     """
-    # by its method, since peft is no dependency
+    peft_model: Any = model  # peft is no dependency
     if not callable(getattr(model, "merge_and_unload", None)):
         raise TypeError(f"{type(model).__name__} is no PeftModel: it has no adapters to merge")
-    suffix = ".base_layer"
-    bases = {
-        layer.name.removesuffix(suffix): layer
-        for layer in all_layers(model)
-        if layer.name.endswith(suffix)
-    }
+    names = module_names(model)
+    adapters = {module: name for module, name in names.items() if is_adapted(module)}
+    for module, name in adapters.items():
+        if _cannot_merge(module):
+            raise ValueError(
+                f"the adapter of {name}, a {type(module).__module__}.{type(module).__name__}, "
+                f"cannot be merged into a weight: keep it in the PeftModel"
+            )
+    sparse = {layer: mask for layer in all_layers(model) if not (mask := layer.matrix() != 0).all()}
     lost: dict[str, float] = {}
-    for name, layer in bases.items():
-        adapter: Any = model.get_submodule(name)
-        before = layer.parameter.clone()
-        adapter.merge(safe_merge=True)
-        pruned = before == 0
-        if pruned.any():
-            change = (layer.parameter - before).float().square()
-            lost[name] = float(change[pruned].sum() / change.sum().clamp_min(1e-30))
-            layer.parameter.masked_fill_(pruned, 0)
+    for module in adapters:
+        lost |= _merge(module, sparse)
     if not lost:
         raise ValueError("no adapter is on a layer with zeros: use merge_and_unload of peft")
-    base: nn.Module = model.unload()  # type: ignore[operator]
-    prefix = "base_model.model."
-    return base, {name.removeprefix(prefix): fraction for name, fraction in lost.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        base: nn.Module = peft_model.merge_and_unload(safe_merge=True)
+    _mask_replaced(base, {layer.name: mask for layer, mask in sparse.items()})
+    return base, lost
+
+
+def _cannot_merge(adapter: nn.Module) -> bool:
+    """Return whether the class of an adapter inherits the ``merge`` that raises."""
+    (base,) = [cls for cls in type(adapter).__mro__ if cls.__name__ == "BaseTunerLayer"]
+    return getattr(type(adapter), "merge", None) is getattr(base, "merge", None)
+
+
+def _merge(adapter: Any, sparse: Mapping[Layer, Tensor]) -> dict[str, float]:
+    """Merge one adapter, except for pruned weights; return what was lost, by layer."""
+    inside = set(adapter.get_base_layer().modules())
+    before = {layer: layer.matrix().clone() for layer in sparse if layer.module in inside}
+    adapter.merge(safe_merge=True)
+    lost: dict[str, float] = {}
+    for layer, weight in before.items():
+        change = (layer.matrix() - weight).float().square()
+        total = float(change.sum())
+        if total > 0:  # an adapter of another parameter of the same module leaves it as it is
+            lost[layer.name] = float(change[~sparse[layer]].sum()) / total
+            layer.mask_(sparse[layer])
+    return lost
+
+
+def _mask_replaced(base: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Zero the pruned weights of layers that peft has replaced by trained copies."""
+    for layer in all_layers(base):
+        mask = masks.get(f"{layer.name}.original_module")
+        if mask is not None:
+            layer.mask_(mask)

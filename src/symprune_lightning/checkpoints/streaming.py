@@ -60,7 +60,8 @@ class StreamedCheckpoint(WeightPlacement):
 
     Raises:
         FileNotFoundError: There are no safetensors files in the folder.
-        ValueError: The files do not hold the model's parameters, or blocks share weights.
+        ValueError: The checkpoint is quantised, its files do not hold the model's parameters, or
+            blocks share weights.
 
     Examples:
         >>> import tempfile
@@ -96,6 +97,11 @@ class StreamedCheckpoint(WeightPlacement):
         self._output = output
         self._stack = ExitStack()
         config = AutoConfig.from_pretrained(self._source, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"the checkpoint {source} is quantised (quantization_config in its config.json); "
+                f"prune the model before quantising it"
+            )
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=config.dtype or "float32", trust_remote_code=trust_remote_code

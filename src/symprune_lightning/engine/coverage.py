@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.exempt import ROUTER, exempt_layers, is_router_class
 from symprune_lightning.engine.layers.find import all_layers
 from symprune_lightning.engine.layers.kinds.convolution import Convolution, is_depthwise
+from symprune_lightning.engine.layers.names import module_names
 from symprune_lightning.engine.layers.select import decoder_blocks
 from symprune_lightning.engine.result import DenseWeight, PruneResult
 from symprune_lightning.errors import PruningWarning
@@ -87,7 +88,7 @@ def _block_weights(
 
     Without vectors, and without embeddings, which are looked up and not multiplied by.
     """
-    names: Mapping[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    names = module_names(model)
     blocks = list(decoder_blocks(model, layers)) or [model]
     seen: set[int] = set()
     for block in blocks:

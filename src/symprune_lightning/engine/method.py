@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Literal, Self, get_args
 
 from symprune_lightning.errors import PruningWarning
@@ -128,6 +129,7 @@ class PruningMethod:
 
     def __post_init__(self) -> None:
         self._check_choices()
+        self._check_types()
         if self.gradient_batches is not None and self.gradient_batches < 1:
             raise ValueError(f"gradient_batches is {self.gradient_batches}; it must be at least 1")
         by_layer = isinstance(self.sparsity, Mapping)
@@ -197,6 +199,20 @@ class PruningMethod:
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; choose one of {', '.join(get_args(kind))}"
+                )
+
+    def _check_types(self) -> None:
+        """Refuse strings where lists or numbers are expected."""
+        for name, entries in (("ignore", self.ignore), ("only", self.only)):
+            if isinstance(entries, str):
+                raise ValueError(
+                    f"{name} is the string {entries!r}; pass a list: {name}=[{entries!r}]"
+                )
+        levels = self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]
+        for level in levels:
+            if isinstance(level, bool) or not isinstance(level, Real):
+                raise ValueError(
+                    f"sparsity is {level!r}, a {type(level).__name__}; pass a number in [0, 1)"
                 )
 
     def _check_group(self) -> None:

@@ -28,6 +28,7 @@ from symprune_lightning.engine.forward.calibration import Calibration, Forward, 
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.names import unwrapped
 from symprune_lightning.engine.layers.select import decoder_blocks, prunable_layers
 from symprune_lightning.engine.method import Experts, PruningMethod, Refine, Sparsity, Unreached
 from symprune_lightning.engine.placement import WeightPlacement
@@ -98,7 +99,9 @@ def prune_model(
 
     Args:
         model: Any module with ``Linear`` (or transformers ``Conv1D``) layers, on any device and in
-            any floating-point dtype. Runs in eval mode; its mode is restored.
+            any floating-point dtype. Runs in eval mode; its mode is restored. A module wrapped by
+            ``torch.compile``, Fabric, ``DataParallel`` or DDP is run without the wrapper, and its
+            layers have the names of the plain module.
         batches: Calibration data, an iterable of inputs of the model: mappings are passed as
             keyword arguments, tuples and lists as positional ones, anything else as the single
             argument. Padding marked by a 2-D ``attention_mask`` is not measured. Not iterated by
@@ -198,8 +201,11 @@ def prune_with(
     model: nn.Module, batches: Iterable[Any], method: PruningMethod, options: RunOptions
 ) -> PruneResult:
     """Prune a model in place by a method object; see ``prune_model``."""
-    if isinstance(batches, Tensor):
-        raise ValueError("batches is one tensor; pass an iterable of batches, such as [tensor]")
+    model = unwrapped(_checked_model(model))
+    if isinstance(batches, Tensor | Mapping | str):
+        raise ValueError(
+            f"batches is one {type(batches).__name__}; pass an iterable of batches, such as [batch]"
+        )
     placement = options.placement or placement_of(model)
     layers = prunable_layers(
         model, method.ignore, method.only, allow_meta=not placement.always_loaded
@@ -230,7 +236,14 @@ def prune_with(
     )
     for hook in options.hooks:
         hook.on_pruning_start([layer.name for layer in layers])
-    with torch.inference_mode(False), torch.no_grad(), eval_mode(model), _no_cache(model):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        # compiled code does not call the hooks of its modules
+        torch.compiler.set_stance("force_eager"),
+        eval_mode(model),
+        _no_cache(model),
+    ):
         journal = _open_journal(options.journal, plan, calibration)
         sensitivity: dict[str, Statistics] = {}
         if method.needs_sensitivity:
@@ -251,6 +264,15 @@ def prune_with(
     for hook in options.hooks:
         hook.on_pruning_end(run.result)
     return run.result
+
+
+def _checked_model(model: object) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    advice = "pass the module"
+    if isinstance(model, WeightPlacement):
+        advice = "pass its model: prune_model(placement.model, batches, placement=placement)"
+    raise TypeError(f"model is a {type(model).__name__}, which is no nn.Module: {advice}")
 
 
 def _listed(batches: Iterable[Any], communicator: Communicator) -> list[Any]:

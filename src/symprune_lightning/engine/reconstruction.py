@@ -14,15 +14,16 @@ from torch.func import functional_call
 
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.dtensor import local_tensor, shard_like
-from symprune_lightning.engine.forward.batch import set_thread_modes, thread_modes
 from symprune_lightning.engine.forward.block import BlockCall, call_on_copies, first_tensor
 from symprune_lightning.engine.forward.calibration import Calibration
+from symprune_lightning.engine.forward.modes import TorchModes
 from symprune_lightning.engine.forward.padding import aligned
 from symprune_lightning.engine.forward.targets import BlockTargets
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.changes import zero_masks
+from symprune_lightning.engine.layers.names import module_names
 from symprune_lightning.engine.result import BlockRecord, BlockReport, PruneResult
 from symprune_lightning.errors import PruningWarning
 from symprune_lightning.functional.reconstruction import BlockReconstruction, Weights
@@ -62,7 +63,7 @@ class BlockReconstructor:
         self.journal = journal
         self.hooks = hooks
         self.targets = BlockTargets(dense=method.target == "model")
-        self._names = {module: name for name, module in calibration.model.named_modules()}
+        self._names = module_names(calibration.model)
 
     @property
     def detached_blocks(self) -> list[str]:
@@ -231,8 +232,8 @@ class BlockObjective:
         self, call: BlockCall, weights: Mapping[str, Tensor], enable_grad: bool = False
     ) -> tuple[Tensor, float]:
         """Return the mean relative squared error of one call, and a scale for its gradient."""
-        modes = thread_modes()
-        set_thread_modes(call.modes)
+        modes = TorchModes()
+        call.modes.restore()
         try:
             with torch.set_grad_enabled(enable_grad), call.loaded():
                 rounded = {f"block.{k}": w.to(self._dtypes[k]) for k, w in weights.items()}
@@ -245,7 +246,7 @@ class BlockObjective:
                 with torch.autocast(output.device.type, enabled=False):
                     return _relative_error(output, call.target, call.valid)
         finally:
-            set_thread_modes(modes)
+            modes.restore()
             torch.clear_autocast_cache()  # it holds half-precision copies of these weights
 
     def _count_tokens(self) -> dict[int, int]:

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 import greenlet
-import torch
 from torch import Tensor, nn
 
 from symprune_lightning.engine.forward.block import BlockCall
+from symprune_lightning.engine.forward.modes import isolated_modes
 from symprune_lightning.engine.forward.recorder import LastInput
 
 
@@ -56,27 +56,21 @@ class SuspendedBatch(greenlet.greenlet):
     def wait_at(self, wait_point: Hashable) -> None:
         """Switch to the scheduler; return when it resumes this batch."""
         self.wait_point = wait_point
-        # other batches run before this one continues, and torch keeps these modes per thread
-        modes = thread_modes()
         assert self.parent is not None
-        self.parent.switch()
-        set_thread_modes(modes)
+        with isolated_modes():  # other batches run before this one continues
+            self.parent.switch()
         self.wait_point = None
 
     def resume(self) -> None:
         """Run until the batch waits or ends; an exception of its forward is raised here."""
-        modes = thread_modes()
-        try:
+        with isolated_modes():
             self.switch()
-        finally:
-            set_thread_modes(modes)
 
     def end(self) -> None:
         """Unwind a suspended batch with ``GreenletExit``, so that ``finally`` clauses run."""
-        modes = thread_modes()
         if not self.dead:
-            self.throw()
-        set_thread_modes(modes)
+            with isolated_modes():
+                self.throw()
 
 
 def current_batch() -> SuspendedBatch | None:
@@ -88,24 +82,6 @@ def current_batch() -> SuspendedBatch | None:
 def exit_forward() -> None:
     """End the forward of the running batch without an error."""
     raise greenlet.GreenletExit
-
-
-def thread_modes() -> tuple[Any, ...]:
-    """Return the modes that torch keeps per thread or process, which a forward may change."""
-    autocast = [
-        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
-    ]
-    return torch.is_grad_enabled(), torch.get_default_dtype(), autocast
-
-
-def set_thread_modes(modes: tuple[Any, ...]) -> None:
-    """Set the modes that ``thread_modes`` returned."""
-    grad, default_dtype, autocast = modes
-    torch.set_grad_enabled(grad)
-    torch.set_default_dtype(default_dtype)
-    for device, enabled, dtype in autocast:
-        torch.set_autocast_enabled(device, enabled)
-        torch.set_autocast_dtype(device, dtype)
 
 
 @contextmanager

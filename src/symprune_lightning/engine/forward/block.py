@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from symprune_lightning.engine.forward.modes import TorchModes
 from symprune_lightning.engine.forward.offload import OffloadedTensor
 from symprune_lightning.engine.forward.padding import aligned
 
@@ -29,7 +30,7 @@ class BlockCall:
         kwargs: Keyword arguments.
         target: What the dense block returned; its first tensor.
         valid: Bool, one per token: False where it is padding; ``None`` without padding.
-        modes: The modes of the batch's forward, see ``thread_modes``.
+        modes: The modes of the batch's forward, to be restored when it is called again.
         offloaded: Tensors among these that are offloaded while the batch waits.
     """
 
@@ -38,7 +39,7 @@ class BlockCall:
     kwargs: Mapping[str, Any]
     target: Tensor
     valid: Tensor | None
-    modes: tuple[Any, ...]
+    modes: TorchModes
     offloaded: Sequence[OffloadedTensor] = ()
 
     @property

@@ -180,7 +180,9 @@ class SuspendedForward:
         """Return the first wait point with batches of any rank; ``None`` if there is none."""
         suspended[:] = [batch for batch in suspended if not batch.dead]
         communicator, end = self.calibration.communicator, len(self._wait_points)
-        indices = [self._index[batch.wait_point] for batch in suspended if batch.wait_point]
+        # `is not None`: the truth of a module may be its length, which a compiled block has not
+        points = [batch.wait_point for batch in suspended if batch.wait_point is not None]
+        indices = [self._index[point] for point in points]
         first = communicator.all_reduce_min(min(indices, default=end), error)
         if not self._is_traced and communicator.all_reduce_max(max(indices, default=0)) > first:
             # Batches wait at several points (experts in a ModuleList, of which each batch uses

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from symprune_lightning.engine.forward.batch import SuspendedBatch, current_batch, thread_modes
+from symprune_lightning.engine.forward.batch import SuspendedBatch, current_batch
 from symprune_lightning.engine.forward.block import (
     BlockCall,
     call_on_copies,
     first_tensor,
     hidden_states,
 )
+from symprune_lightning.engine.forward.modes import TorchModes
 
 
 class BlockTargets:
@@ -73,9 +74,7 @@ class BlockTargets:
             )
         if self.dense:
             target = batch.dense_states = self._dense_output(batch, block, args, kwargs, target)
-        batch.block_call = BlockCall(
-            batch.number, args, kwargs, target, batch.valid, thread_modes()
-        )
+        batch.block_call = BlockCall(batch.number, args, kwargs, target, batch.valid, TorchModes())
 
     def _dense_output(
         self,

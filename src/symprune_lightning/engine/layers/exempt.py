@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from symprune_lightning.engine.layers.base import Layer, group_by_module
+from symprune_lightning.engine.layers.names import is_adapted
 
 OUTPUT_PROJECTION = "output projection"
 ROUTER = "router"
@@ -64,8 +65,7 @@ def _output_projections(model: nn.Module, layers: Sequence[Layer]) -> Iterator[n
 
 def _adapters(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
     for module in model.modules():
-        # by name, since peft is no dependency
-        if "BaseTunerLayer" in {cls.__name__ for cls in type(module).__mro__}:
+        if is_adapted(module):
             base = getattr(module, "base_layer", None)
             kept = set() if base is None else set(base.modules())
             yield from (child for child in module.modules() if child not in kept)

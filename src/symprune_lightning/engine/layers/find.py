@@ -8,15 +8,20 @@ from torch import nn
 
 import symprune_lightning.engine.layers.kinds  # noqa: F401 — registers the kinds of layers
 from symprune_lightning.engine.layers.base import Layer, LayerKind
+from symprune_lightning.engine.layers.names import module_names
 from symprune_lightning.functional.registry import leaves
 
 
 def all_layers(model: nn.Module) -> list[Layer]:
-    """Return every layer of a known kind, in the order in which the model registers them."""
+    """Return every layer of a known kind, in the order in which the model registers them.
+
+    Names are those in the plain model, see ``module_names``.
+    """
     kinds = [kind() for kind in leaves(LayerKind)]  # type: ignore[type-abstract]
-    position = {module: i for i, module in enumerate(model.modules())}
+    names = module_names(model)
+    position = {module: i for i, module in enumerate(names)}
     found: dict[str, Layer] = {}
-    for name, module in model.named_modules():
+    for module, name in names.items():
         for kind in kinds:
             for layer in kind.layers(name, module):
                 # a parent that uses the weight of a child itself comes first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -13,10 +14,20 @@ from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.exempt import exempt_layers
 from symprune_lightning.engine.layers.find import all_layers
+from symprune_lightning.engine.layers.names import module_names
 
 T = TypeVar("T")
 
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+QUANTISED_DTYPES = (
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e8m0fnu,
+    torch.float4_e2m1fn_x2,
+)
 
 
 def prunable_layers(
@@ -50,6 +61,7 @@ def prunable_layers(
         ['0']
     """
     candidates = all_layers(model)
+    _check_not_quantised(model)
     names = [layer.name for layer in candidates]
     ignored = {name for entry in ignore for name in matching(entry, names)}
     ignored |= exempt_layers(model, candidates).keys() - set(only or ())
@@ -150,6 +162,21 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
             f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
         )
     return matches
+
+
+def _check_not_quantised(model: nn.Module) -> None:
+    """Refuse a model whose matrices are stored in modules of a quantisation library."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return
+    for module, name in module_names(model).items():
+        for key, tensor in chain(
+            module.named_parameters("", False), module.named_buffers("", False)
+        ):
+            if tensor.dtype in QUANTISED_DTYPES and tensor.dim() > 1:
+                raise ValueError(
+                    f"the model is quantised: {name}.{key} holds {tensor.dtype}; prune the model "
+                    f"before quantising it"
+                )
 
 
 def _check_weight(layer: Layer, *, allow_meta: bool) -> None:

@@ -1,0 +1,79 @@
+"""Names of modules as in the plain model, whatever wraps it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+COMPILED = "_orig_mod"
+"""Attribute of the plain module in the wrapper of ``torch.compile``."""
+
+ADAPTED = "base_layer"
+"""Attribute of the plain layer in the layers of peft."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile``, Fabric, ``DataParallel`` or DDP wraps.
+
+    Raises:
+        ValueError: The model is wrapped by ``FullyShardedDataParallel``, which flattens weights.
+
+    Examples:
+        >>> plain = nn.Linear(2, 2)
+        >>> unwrapped(nn.DataParallel(plain)) is plain
+        True
+    """
+    while True:
+        if isinstance(model, FullyShardedDataParallel):
+            raise ValueError(
+                "FullyShardedDataParallel flattens the weights: shard the model with fully_shard "
+                "(FSDP2), or prune it before it is wrapped"
+            )
+        inner = None
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            inner = model.module
+        elif COMPILED in model._modules:
+            inner = model._modules[COMPILED]
+        elif "_forward_module" in model._modules:  # Fabric, of lightning or lightning_fabric
+            inner = model._modules.get("_original_module") or model._modules["_forward_module"]
+        if inner is None:
+            return model
+        model = inner
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the qualified names that modules have in the plain model, in registration order.
+
+    Without the components that ``torch.compile``, DDP, Fabric and peft add, so that masks fit the
+    model with and without them.
+
+    Examples:
+        >>> model = nn.Sequential(torch.compile(nn.Linear(2, 2)))
+        >>> list(module_names(model).values())
+        ['', '0', '0']
+    """
+    model = unwrapped(model)
+    base_model: Any = getattr(model, "get_base_model", None)  # a PeftModel
+    if callable(base_model) and hasattr(model, "peft_config"):
+        model = base_model()
+    names: dict[nn.Module, str] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        if module in names:
+            return
+        names[module] = name
+        for key, child in module.named_children():
+            is_wrapped = key == COMPILED or (key == ADAPTED and is_adapted(module))
+            visit(child, name if is_wrapped else f"{name}.{key}".lstrip("."))
+
+    visit(model, "")
+    return names
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Return whether a module is an adapter of peft around a layer."""
+    # by name, since peft is no dependency
+    return "BaseTunerLayer" in {cls.__name__ for cls in type(module).__mro__}
