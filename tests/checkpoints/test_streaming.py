@@ -261,6 +261,16 @@ def test_sources_that_cannot_be_streamed(tmp_path):
         StreamedCheckpoint(tmp_path / "body", tmp_path / "sparse")
 
 
+def test_a_quantised_checkpoint_is_refused(tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "config.json"
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
+    with pytest.raises(ValueError, match=r"is quantised .*; prune the model before quantising it"):
+        StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 def test_a_method_without_data(tmp_path):
     build("llama").save_pretrained(tmp_path / "dense")
     assert_equals_pruning_in_memory(tmp_path, {"score": "magnitude"}, [])

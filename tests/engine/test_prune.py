@@ -15,7 +15,7 @@ from symprune_lightning.engine.layers.select import prunable_layers
 from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.prune import prune_model
 from symprune_lightning.engine.sensitivity import measure_sensitivity
-from symprune_lightning.errors import PruningError
+from symprune_lightning.errors import PruningError, PruningWarning
 from symprune_lightning.functional.patterns import Unstructured
 from symprune_lightning.functional.refiners import DSnoT, ExactSwap, R2DSnoT
 from symprune_lightning.functional.registry import leaves, lookup
@@ -326,6 +326,21 @@ def test_wrong_arguments(options, message):
 def test_tensor_passed_as_batches():
     with pytest.raises(ValueError, match="batches is one Tensor; pass an iterable"):
         prune_model(mlp(), torch.randn(4, 16))
+
+
+@pytest.mark.parametrize("score", ["wanda", "magnitude"])
+@pytest.mark.parametrize("group", ["output", "layer"])
+def test_a_layer_of_zeros_is_left_alone(score, group):
+    """Its mask would be all False, and keep it from ever being trained."""
+    model = mlp()
+    nn.init.zeros_(model[2].weight)
+    with pytest.warns(PruningWarning, match="are all zero, and were left alone: 2"):
+        result = prune_model(model, [torch.randn(4, 16)], score=score, group=group)
+    assert result.all_zero == ["2"]
+    assert "2" not in result.masks
+    assert result.unreached == []
+    assert result.sparsity == 0.5
+    assert [(dense.name, dense.reason) for dense in result.left_dense] == [("2.weight", "all zero")]
 
 
 def test_batches_of_another_type_are_refused():

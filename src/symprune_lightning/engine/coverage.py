@@ -17,6 +17,7 @@ from symprune_lightning.engine.result import DenseWeight, PruneResult
 from symprune_lightning.errors import PruningWarning
 
 IGNORED = "ignored"
+ALL_ZERO = "all zero"
 UNREACHED = "not reached by any calibration batch"
 THRESHOLD = 0.95
 """Coverage below which weights that were left dense without being asked for are warned about."""
@@ -36,6 +37,8 @@ def record_coverage(model: nn.Module, layers: Sequence[Layer], result: PruneResu
     pruned = {report.name for report in result.layers}
 
     def reason(layer: Layer) -> str:
+        if layer.name in result.all_zero:
+            return ALL_ZERO
         if layer.name in selected:
             return UNREACHED
         return exempt.get(layer.name, IGNORED)

@@ -171,6 +171,7 @@ class PruneResult:
             that permute: ``mask[:, order]``.
         unreached: Prunable layers that no calibration batch reached; they are still dense.
         pruned_by_magnitude: Layers that no calibration batch reached, pruned by magnitude.
+        all_zero: Layers that were all zero before, such as adapters; they were left alone.
         trials: Candidates of a search over allocations, best first; empty without a search.
         blocks: One report per reconstructed block, in order; empty without reconstruction.
         left_dense: Weights of the decoder blocks that were left dense, largest first.
@@ -182,6 +183,7 @@ class PruneResult:
     permutations: dict[str, Tensor] = field(default_factory=dict)
     unreached: list[str] = field(default_factory=list)
     pruned_by_magnitude: list[str] = field(default_factory=list)
+    all_zero: list[str] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     left_dense: list[DenseWeight] = field(default_factory=list)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,7 @@ class PruningRun:
                 placement.for_each_block(self.plan.layers, self.prune)
         else:
             self._prune_during_forward(self._recorder)
+        _warn_about(self.result.all_zero, "these layers are all zero, and were left alone")
         if self.journal is not None:
             self.journal.write()
 
@@ -203,7 +205,7 @@ class PruningRun:
             )
 
     def _dense_layers(self) -> list[Layer]:
-        pruned = {report.name for report in self.result.layers}
+        pruned = {*(report.name for report in self.result.layers), *self.result.all_zero}
         return [layer for layer in self.plan.layers if layer.name not in pruned]
 
     def _is_recorded(self, layers: Sequence[Layer]) -> bool:
@@ -243,6 +245,9 @@ class PruningRun:
         self, layers: Sequence[Layer], rows: RowPruner, statistics: Sequence[Statistics]
     ) -> None:
         weights = [layer.matrix() for layer in layers]
+        trained = [self._is_trained(*pair) for pair in zip(layers, weights, strict=True)]
+        layers, statistics = list(compress(layers, trained)), list(compress(statistics, trained))
+        weights = list(compress(weights, trained))
         slices: list[RowSlice] = []
         error = None
         try:
@@ -252,6 +257,14 @@ class PruningRun:
         # `weights` may be views of the parameters, which _finish changes: not used below
         for i, layer in enumerate(layers):
             self._finish(layer, None if error else slices[i], error, statistics[i])
+
+    def _is_trained(self, layer: Layer, weight: Tensor) -> bool:
+        """Return whether a layer has a weight to keep; a mask of zeros would be kept for ever."""
+        # the first row tells most layers apart, without a pass over all weights
+        if bool(weight[:1].any() or weight.any()):
+            return True
+        self.result.all_zero.append(layer.name)
+        return False
 
     def _finish(
         self,

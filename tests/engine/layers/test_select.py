@@ -73,6 +73,19 @@ def test_quantised_layer():
         prunable_layers(nn.Sequential(layer))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])
+def test_a_quantised_module_of_another_library(dtype):
+    """Such modules (of GPTQ, compressed-tensors) have packed buffers, and no weight."""
+    model = build("llama")
+    model.config.quantization_config = {"quant_method": "gptq"}
+    packed = nn.Module()
+    packed.register_buffer("qweight", torch.zeros(4, 4).to(dtype))
+    model.model.layers[1].mlp.down_proj = packed
+    message = r"quantised: model.layers.1.mlp.down_proj.qweight holds .*; prune the model before"
+    with pytest.raises(ValueError, match=message):
+        prunable_layers(model)
+
+
 def test_layer_without_storage():
     with pytest.raises(ValueError, match="layer 0 is on the meta device"):
         prunable_layers(nn.Sequential(nn.Linear(4, 4, device="meta")))
