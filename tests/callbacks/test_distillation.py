@@ -31,7 +31,7 @@ from symprune_lightning import (
 from symprune_lightning.callbacks.recovery import recovery_callbacks, recovery_checkpoint
 from symprune_lightning.callbacks.report.callback import Report
 from symprune_lightning.engine.layers.find import find_layers
-from symprune_lightning.errors import JournalError
+from symprune_lightning.errors import JournalError, PruningWarning
 from symprune_lightning.module import TEACHER_INDICES, TEACHER_LOG_PROBS
 from tests.callbacks.test_finetuning import data, rows
 from tests.groups import run_trainers
@@ -307,7 +307,8 @@ def test_gradual_pruning_resumes_with_the_dense_teacher(tmp_path):
             saved = ModelCheckpoint(folder, every_n_train_steps=4, filename="{step}", save_top_k=-1)
             return [*[prune, distil][::order], MaskedFinetuning(), saved]
 
-        trainer(max_steps=8).fit(module(), datamodule=data(), callbacks=callbacks())
+        with pytest.warns(PruningWarning, match="fit ended at step 8, before the end of Cubic"):
+            trainer(max_steps=8).fit(module(), datamodule=data(), callbacks=callbacks())
         resumed = module()
         trainer(max_steps=20).fit(
             resumed, datamodule=data(), ckpt_path=folder / "step=8.ckpt", callbacks=callbacks()

@@ -14,7 +14,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -33,6 +38,7 @@ from symprune_lightning import (
 )
 from symprune_lightning.engine.distributed.dtensor import local_tensor
 from symprune_lightning.engine.layers.find import find_layers
+from symprune_lightning.errors import PruningWarning
 from tests.groups import run_trainers
 from tests.models import VOCABULARY, batches, build
 
@@ -135,7 +141,11 @@ def test_200_steps_revive_no_weight():
 
 def test_without_masked_finetuning_weights_are_revived():
     tuned, pruning = module(), sparse()
-    trainer(max_steps=2).fit(tuned, datamodule=data(), callbacks=[pruning])
+    with pytest.warns(PruningWarning, match=r"add MaskedFinetuning\(\)") as caught:
+        trainer(max_steps=2).fit(tuned, datamodule=data(), callbacks=[pruning])
+    messages = [str(warning.message) for warning in caught if warning.category is PruningWarning]
+    assert "prunes a model that is then trained" in messages[0]
+    assert "are not zero at the end of this fit" in messages[1]
     assert num_revived(tuned.prunable_model, pruning.result.masks) > 0
 
 
@@ -460,7 +470,8 @@ def test_a_resumed_gradual_fit_equals_an_uninterrupted_one(tmp_path):
         return tuned
 
     whole = run(tmp_path / "whole", 4)
-    run(tmp_path / "half", 2)
+    with pytest.warns(PruningWarning, match="the model has 95% of the final sparsity"):
+        run(tmp_path / "half", 2)
     resumed = run(tmp_path / "half", 4, resume=tmp_path / "half" / "epoch=1.ckpt")
     for name, value in state_of(whole).items():
         assert torch.equal(state_of(resumed)[name], value), name
@@ -592,3 +603,115 @@ def test_200_steps_on_two_processes(tmp_path, name):
         again = torch.load(tmp_path / f"{name}-again-4-{rank}.pt", weights_only=True)
         for layer, weight in again["weights"].items():
             assert torch.equal(resumed["weights"][layer], weight), layer
+
+
+class Adversarial(pl.LightningModule):
+    """Two optimizers, so that ``global_step`` goes by twos."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Linear(16, 16)
+        self.discriminator = nn.Linear(16, 16)
+        self.automatic_optimization = False
+
+    def forward(self, x):
+        return self.discriminator(self.generator(x))
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self(batch).mean())
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(x.parameters()) for x in (self.generator, self.discriminator)]
+
+
+@pytest.mark.parametrize("options", [{"end": 9, "every": 3}, {"end": 7, "every": 7}, {"end": 40}])
+def test_gradual_pruning_with_two_optimizers(options):
+    """The final sparsity is reached, also if no step has exactly the number of the schedule."""
+    model, x = Adversarial(), DataLoader(torch.randn(160, 16), batch_size=8)
+    gradual = SymPrune("wanda", when=CubicSchedule(**options), calibration=x)
+    trainer(max_epochs=1).fit(model, x, callbacks=[gradual, MaskedFinetuning()])
+    for layer in (model.generator, model.discriminator):
+        assert float((layer.weight == 0).float().mean()) == 0.5
+
+
+def test_a_gradual_fit_that_is_resumed_beyond_its_end(tmp_path):
+    """The checkpoint is from a fit without a schedule, and has more steps than the schedule."""
+    tuned = module()
+    first = trainer(max_steps=8)
+    first.fit(tuned, datamodule=data())
+    first.save_checkpoint(tmp_path / "dense.ckpt")
+    gradual, resumed = SymPrune("wanda", when=CubicSchedule(end=4)), module()
+    trainer(max_steps=10).fit(
+        resumed,
+        datamodule=data(),
+        ckpt_path=tmp_path / "dense.ckpt",
+        callbacks=[gradual, MaskedFinetuning(masks="zeros")],
+    )
+    assert gradual.result.sparsity == 0.5
+    assert gradual.result.is_applied_to(resumed.prunable_model)
+
+
+def test_a_fit_without_steps_says_that_nothing_was_pruned():
+    with pytest.warns(PruningWarning, match="pruned nothing in this fit: no batch was run"):
+        trainer(limit_train_batches=0, max_epochs=1).fit(
+            module(), datamodule=data(), callbacks=[sparse(), MaskedFinetuning()]
+        )
+
+
+# weights that other callbacks replace
+
+
+class Stash(pl.Callback):
+    """Puts back the weights of the beginning after training, as a user's callback may."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.weights = [p.detach().clone() for p in pl_module.parameters()]
+
+    def on_train_end(self, trainer, pl_module):
+        with torch.no_grad():
+            for parameter, value in zip(pl_module.parameters(), self.weights, strict=True):
+                parameter.copy_(value)
+
+
+AVERAGES = {
+    "EMA": lambda: EMAWeightAveraging(decay=0.9),
+    "SWA": lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1),
+    "Stash": Stash,
+}
+
+
+@pytest.mark.parametrize("when", ["fit_start", CubicSchedule(end=10, every=2)])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("name", AVERAGES)
+def test_averages_of_the_weights_keep_the_masks(tmp_path, name, order, when):
+    tuned, masked = module(), MaskedFinetuning()
+    pruning = SymPrune("wanda", when=when)
+    saved = ModelCheckpoint(tmp_path, filename="last", save_top_k=-1, every_n_epochs=3)
+    callbacks = [pruning, masked, AVERAGES[name]()][::order]
+    trainer(max_epochs=3, enable_checkpointing=True).fit(
+        tuned, datamodule=data(), callbacks=[*callbacks, saved]
+    )
+    assert len(masked.masks) == 14
+    assert num_revived(tuned.prunable_model, masked.masks) == 0
+    assert pruning.result.sparsity == 0.5
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    reloaded = module()
+    reloaded.load_state_dict(state)
+    assert num_revived(reloaded.prunable_model, masked.masks) == 0
+
+
+def test_weights_that_are_replaced_after_all_hooks_are_reported():
+    class Late(pl.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            for parameter in pl_module.parameters():
+                parameter.data.add_(1)
+
+    with pytest.warns(PruningWarning, match="callbacks that replace the weights"):
+        trainer(max_steps=2).fit(
+            module(),
+            datamodule=data(),
+            callbacks=[sparse(), MaskedFinetuning(), Late()],
+        )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from symprune_lightning import CubicSchedule
 
@@ -32,7 +36,39 @@ def test_fraction_is_constant_outside_the_schedule():
     ],
 )
 def test_due_steps(schedule, steps):
-    assert [step for step in range(20) if schedule.is_due(step)] == steps
+    assert due(schedule, range(20)) == steps
+
+
+def due(schedule: CubicSchedule, steps: Iterable[int]) -> list[int]:
+    """Return the steps before which a callback prunes, as ``global_step`` passes through some."""
+    pruned = [-1]
+    for step in steps:
+        if schedule.is_due(step, pruned[-1]):
+            pruned.append(step)
+    return pruned[1:]
+
+
+@given(
+    start=st.integers(0, 20),
+    length=st.integers(1, 40),
+    every=st.integers(1, 15),
+    stride=st.integers(1, 7),
+    resume=st.integers(0, 100),
+)
+def test_steps_that_are_passed_over(start, length, every, stride, resume):
+    """Whatever steps the Trainer counts, every due step is made up for, and the end is reached."""
+    schedule = CubicSchedule(start=start, end=start + length, every=every)
+    steps = range(resume, start + length + stride, stride)
+    pruned = due(schedule, steps)
+    if any(step >= schedule.end for step in steps):
+        assert pruned
+        assert pruned[-1] >= schedule.end
+        assert [schedule.fraction(step) for step in pruned].count(1.0) == 1
+    scheduled = due(schedule, range(schedule.end + 1))
+    for step in scheduled:
+        following = [s for s in steps if s >= step]
+        assert not following or following[0] in pruned
+    assert len(pruned) <= len(scheduled)
 
 
 @pytest.mark.parametrize(

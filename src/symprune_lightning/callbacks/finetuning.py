@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 from symprune_lightning.callbacks.integration import (
     refuse_strategies,
     trainer_callbacks,
+    weight_copies,
 )
 from symprune_lightning.callbacks.schedule import CubicSchedule
-from symprune_lightning.checkpoints.masks import infer_masks, load_masks, match_layers
+from symprune_lightning.checkpoints.masks import apply_masks, infer_masks, load_masks, match_layers
 from symprune_lightning.engine.distributed.dtensor import local_tensor
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.layers.changes import zero_masks
@@ -35,7 +36,8 @@ class MaskedFinetuning(Callback, PruningHooks):
     moments and the gradient norm do not include them. After each step the pruned weights are reset
     to zero, regardless of the optimizer. The forward is unchanged. Costs one byte per weight on its
     device. Works with any optimizer of torch, gradient accumulation and clipping, mixed precision,
-    DDP, FSDP2 and tensor parallel, and automatic or manual optimization.
+    DDP, FSDP2 and tensor parallel, and automatic or manual optimization. Averages of the weights
+    that other callbacks keep (``WeightAveraging``, ``StochasticWeightAveraging``) are masked too.
 
     Source of the masks, in order of precedence:
 
@@ -149,8 +151,13 @@ class MaskedFinetuning(Callback, PruningHooks):
             if parameter.grad is not None:
                 local_tensor(parameter.grad).masked_fill_(pruned, 0)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the optimizer hooks and drop references."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Zero pruned weights that other callbacks have replaced when training ended.
+
+        Averages of the weights (``WeightAveraging``, ``StochasticWeightAveraging``) are copied
+        into the model in ``on_train_end``.
+        """
+        self._zero_weights()
         self._detach()
 
     def on_exception(
@@ -206,7 +213,9 @@ class MaskedFinetuning(Callback, PruningHooks):
 
     @torch.no_grad()
     def _apply_masks(self, trainer: Trainer, module: LightningModule) -> None:
-        """Zero the pruned weights, and the optimizer state of each."""
+        """Zero the pruned weights, in averages too, and the optimizer state of each."""
+        for copy in weight_copies(trainer, module):
+            apply_masks(pruning_target(copy), self.masks)
         layers = match_layers(pruning_target(module), self.masks)
         self._zero_masks = [
             (owner.get_parameter(name), pruned)

@@ -7,12 +7,6 @@ from itertools import islice
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-)
 from torch import nn
 from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel
@@ -29,6 +23,17 @@ def trainer_callbacks(trainer: Trainer) -> list[Callback]:
     """Return the Trainer's callbacks, an attribute that it does not declare."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def weight_copies(trainer: Trainer, module: LightningModule) -> Iterator[LightningModule]:
+    """Yield the copies of a module that callbacks keep, such as averages of its weights."""
+    for callback in trainer_callbacks(trainer):
+        for value in vars(callback).values():
+            if not isinstance(value, nn.Module):
+                continue
+            for copy in (value, getattr(value, "module", None)):  # torch's AveragedModel
+                if isinstance(copy, type(module)) and copy is not module:
+                    yield copy
 
 
 def model_name(module: LightningModule) -> str:
@@ -53,7 +58,7 @@ def tokenizer_of(trainer: Trainer) -> Tokenizer | None:
 
 def refuse_strategies(callback: Callback, trainer: Trainer) -> None:
     """Raise ``ValueError`` under a strategy that flattens or partitions the weights."""
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+    if _is_strategy(trainer, "FSDPStrategy") or _is_strategy(trainer, "DeepSpeedStrategy"):
         raise ValueError(
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which "
             f"flattens or partitions the weights: use strategy='ddp', or ModelParallelStrategy "
@@ -61,13 +66,19 @@ def refuse_strategies(callback: Callback, trainer: Trainer) -> None:
         )
 
 
+def _is_strategy(trainer: Trainer, name: str) -> bool:
+    """Return whether the strategy is of a class, of ``lightning`` or of ``pytorch_lightning``."""
+    return name in {cls.__name__ for cls in type(trainer.strategy).__mro__}
+
+
 def communicator_of(trainer: Trainer) -> Communicator:
     """Return the communicator of the Trainer's ranks."""
-    if not isinstance(trainer.strategy, ParallelStrategy) or trainer.world_size == 1:
+    strategy: Any = trainer.strategy
+    if not _is_strategy(trainer, "ParallelStrategy") or trainer.world_size == 1:
         return SINGLE_PROCESS
-    if isinstance(trainer.strategy, ModelParallelStrategy):
+    if _is_strategy(trainer, "ModelParallelStrategy"):
         # tensor-parallel ranks that hold shards of the same layers run the same batches
-        sampler = trainer.strategy.distributed_sampler_kwargs
+        sampler = strategy.distributed_sampler_kwargs
         return Communicator.from_default_group(sampler["rank"], sampler["num_replicas"])
     return Communicator.from_default_group()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from symprune_lightning.callbacks.finetuning import MaskedFinetuning
 from symprune_lightning.callbacks.integration import (
     calibration_batches,
     calibration_datamodule,
@@ -30,6 +32,7 @@ from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.prune import RunOptions
 from symprune_lightning.engine.result import PruneResult
+from symprune_lightning.errors import PruningWarning
 from symprune_lightning.module import pruning_target
 
 PruneStage = Literal["validate", "test", "fit_start", "fit_end"]
@@ -108,6 +111,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
         self._pruned_module: weakref.ref[LightningModule] | None = None
         self._resumed = False
         self._last_step = -1
+        self._is_done = False
 
     @property
     @abstractmethod
@@ -133,12 +137,15 @@ class PruningCallback(Callback, PruningHooks, ABC):
         return self._generate_state_key(**self.settings)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether the checkpoint's weights are pruned."""
-        return {"pruned": True} if self.result is not None or self._resumed else {}
+        """Return whether the checkpoint's weights are pruned, and the last step of a schedule."""
+        if self.result is None and not self._resumed:
+            return {}
+        return {"pruned": True, "step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the flag that the checkpoint contains pruned weights."""
+        """Restore the flag that the checkpoint contains pruned weights, and the last step."""
         self._resumed = bool(state_dict["pruned"])
+        self._last_step = int(state_dict["step"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pruned_module": None}  # weak references cannot be pickled
@@ -191,6 +198,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
                 ),
             )
         self.seconds = time.perf_counter() - start
+        self._is_done = True
         # weights that a placement has unloaded cannot be checked again
         self._pruned_module = weakref.ref(module) if placement is None else None
         self.sparse_metrics = {}
@@ -207,6 +215,25 @@ class PruningCallback(Callback, PruningHooks, ABC):
             ValueError: The strategy is ``FSDPStrategy`` or ``DeepSpeedStrategy``.
         """
         refuse_strategies(self, trainer)
+        self._is_done = False
+        if stage == "fit":
+            self._last_step = -1  # before the state of a checkpoint is restored
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Warn if the call has not pruned as ``when`` says, or if the zeros are lost.
+
+        Other callbacks may have replaced the weights at the end of a fit, and a fit without
+        ``MaskedFinetuning`` trains pruned weights again.
+        """
+        own = "fit" if isinstance(self.when, CubicSchedule) else self.when.partition("_")[0]
+        if stage == own and not self._is_done:
+            warn(
+                f"{type(self).__name__}(when={self.when!r}) pruned nothing in this {own}: no "
+                f"batch was run (an empty loader, or a limit of 0 batches)"
+            )
+        if stage == "fit":
+            self._check_schedule(trainer)
+            self._check_zeros(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune before ``Trainer.validate`` evaluates."""
@@ -223,17 +250,23 @@ class PruningCallback(Callback, PruningHooks, ABC):
         Not if the fit resumes from a checkpoint with weights that this callback has pruned.
         Earlier hooks run before the weights of a sharded checkpoint are loaded.
         """
+        in_fit = isinstance(self.when, CubicSchedule) or self.when == "fit_start"
+        keeps_zeros = any(isinstance(c, MaskedFinetuning) for c in trainer_callbacks(trainer))
+        if in_fit and not keeps_zeros:
+            warn(
+                f"{type(self).__name__}(when={self.when!r}) prunes a model that is then trained, "
+                f"which makes pruned weights nonzero again: add MaskedFinetuning() to the callbacks"
+            )
+        self._is_done = self._is_done or self._resumed
         if not self._resumed:
             self._maybe_prune("fit_start", trainer, pl_module)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Prune further, if the schedule says so before the next optimizer step."""
         step = trainer.global_step
-        if not isinstance(self.when, CubicSchedule) or not self.when.is_due(step):
-            return
-        if step != self._last_step:  # with gradient accumulation a step has several batches
+        if isinstance(self.when, CubicSchedule) and self.when.is_due(step, self._last_step):
             self._last_step = step
             self.run_pruning(trainer, pl_module, self.when.fraction(step))
 
@@ -256,17 +289,49 @@ class PruningCallback(Callback, PruningHooks, ABC):
             self._record_metrics(trainer, pl_module)
 
     def _maybe_prune(self, stage: PruneStage, trainer: Trainer, module: LightningModule) -> None:
-        if stage != self.when or self.has_pruned(module):
+        if stage != self.when:
+            return
+        if self.has_pruned(module):
+            self._is_done = True
             return
         result = self.run_pruning(trainer, module)
         if stage in ("fit_start", "fit_end"):  # callback_metrics belong to the dense model
             print_summary(trainer, result, self.dense_metrics, {})
+
+    def _check_schedule(self, trainer: Trainer) -> None:
+        if isinstance(self.when, CubicSchedule) and self._last_step < self.when.end:
+            fraction = self.when.fraction(max(self._last_step, self.when.start))
+            warn(
+                f"the fit ended at step {trainer.global_step}, before the end of {self.when}: the "
+                f"model has {fraction:.0%} of the final sparsity"
+            )
+
+    def _check_zeros(self, module: LightningModule) -> None:
+        """Compare the weights with the result at the end of a fit."""
+        if (
+            self.result is None
+            or self._pruned_module is None
+            or self._pruned_module() is not module
+        ):
+            return
+        if not self.result.is_applied_to(pruning_target(module)):
+            warn(
+                f"weights that {type(self).__name__} pruned are not zero at the end of this fit, "
+                f"so the model has fewer zeros than PruneResult.sparsity says "
+                f"({self.result.sparsity:.4f}): add MaskedFinetuning() to the callbacks, and check "
+                f"callbacks that replace the weights"
+            )
 
     def _record_metrics(self, trainer: Trainer, module: LightningModule) -> None:
         """Store the metrics of the pruned model and print the summary if interactive."""
         if self.result is not None and self.has_pruned(module):
             self.sparse_metrics = dict(metrics_of(trainer))
             print_summary(trainer, self.result, self.dense_metrics, self.sparse_metrics)
+
+
+def warn(message: str) -> None:
+    """Warn from a hook of a Trainer."""
+    warnings.warn(message, PruningWarning, stacklevel=3)
 
 
 def pruning_hooks(trainer: Trainer) -> list[PruningHooks]:

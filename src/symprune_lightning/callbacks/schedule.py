@@ -15,7 +15,8 @@ class CubicSchedule:
     final sparsity (Zhu and Gupta, arXiv 1710.01878, equation 1, from a dense model).
 
     Attributes:
-        end: Optimizer step before which the final sparsity is reached.
+        end: Optimizer step before which the final sparsity is reached, as ``Trainer.global_step``
+            counts them.
         start: Optimizer step at which the fraction is still 0; the first pruning is ``every``
             steps later.
         every: Optimizer steps between two prunings; each runs the calibration batches through the
@@ -43,8 +44,17 @@ class CubicSchedule:
         """Return the fraction of the final sparsity after the pruning before ``step``."""
         return cubic_growth((step - self.start) / (self.end - self.start))
 
-    def is_due(self, step: int) -> bool:
-        """Return whether the model is pruned before this step."""
-        if not self.start < step <= self.end:
-            return False  # the fraction is 0, or the schedule has ended
-        return step == self.end or (step - self.start) % self.every == 0
+    def is_due(self, step: int, last: int = -1) -> bool:
+        """Return whether the model has to be pruned before ``step``.
+
+        With several optimizers, ``Trainer.global_step`` counts the steps of all of them and passes
+        over numbers; a step that was passed over is made up for.
+
+        Args:
+            step: The next optimizer step.
+            last: The step before which the model was last pruned; -1 if it was not.
+        """
+        due = self.start + (min(step, self.end) - self.start) // self.every * self.every
+        if step >= self.end:
+            due = self.end
+        return due > max(last, self.start)
