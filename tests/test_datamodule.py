@@ -53,7 +53,7 @@ def test_splits_have_no_text_in_common(lengths, sequences, seed):
 
 def test_texts_end_with_eos_and_are_concatenated():
     data = CalibrationDataModule(
-        (t for t in ["w0 w1", "w2", "w3 w4 w5 w6"]),
+        (t for t in ["w0 w1", "w2", f"w3 w4 w5 w6 {'w7 ' * 80}"]),
         tokenizer(),
         sequences=1,
         sequence_length=5,
@@ -61,7 +61,7 @@ def test_texts_end_with_eos_and_are_concatenated():
     )
     calibration, evaluation = calibration_and_evaluation(data)
     assert calibration.tolist() == [[4, 5, 2, 6, 2]]
-    assert evaluation.tolist() == [[7, 8, 9, 10, 2]]
+    assert evaluation.tolist() == [[7, 8, 9, 10, 11]]
 
 
 def test_tokens_and_hashes_are_determined_by_the_seed():
@@ -128,7 +128,8 @@ def test_local_files(tmp_path, file_format):
 
 
 def test_python_docs_need_no_download():
-    data = CalibrationDataModule("python-docs", tokenizer(), **SIZES)
+    others = [[5 + i] * 16 for i in range(8)]
+    data = CalibrationDataModule("python-docs", tokenizer(), evaluation=others, **SIZES)
     calibration, _ = calibration_and_evaluation(data)
     assert calibration.shape == (4, 16)
 
@@ -235,7 +236,7 @@ class Images(Dataset):
     ids=["list", "iterator", "dataset", "dataloader"],
 )
 def test_batches_are_read_once(make):
-    data = BatchDataModule(make(), {"some": make(), "others": images(1, seed=1)})
+    data = BatchDataModule(make(), {"some": images(4, seed=2), "others": images(1, seed=1)})
     for _ in range(2):
         read = list(data.calibration_dataloader())
         assert all(
@@ -249,7 +250,9 @@ def test_batches_are_read_once(make):
     settings = json.loads(json.dumps(data.settings))
     assert (settings["calibration_batches"], settings["evaluation_batches"]) == (4, 5)
     hashes = settings["sha256"]
-    assert hashes["calibration"] == hashes["evaluation/some"] != hashes["evaluation/others"]
+    same = BatchDataModule(images(), images(1, seed=1)).hashes
+    assert same["calibration"] == hashes["calibration"] != hashes["evaluation/some"]
+    assert same["evaluation"] == hashes["evaluation/others"]
 
 
 def test_hashes_of_batches_depend_on_names_types_and_order():
@@ -261,12 +264,19 @@ def test_hashes_of_batches_depend_on_names_types_and_order():
         [{"x": torch.zeros(3, 2)}, other],
         [{"x": torch.zeros(2, 3, dtype=torch.int32)}, other],
     ]
-    assert len({BatchDataModule(v, v).hashes["calibration"] for v in variants}) == len(variants)
+    assert len({hash_of(v) for v in variants}) == len(variants)
     half = [{"x": torch.zeros(2, dtype=torch.bfloat16), "y": torch.tensor(True)}]
-    assert (
-        BatchDataModule(half, half).hashes["calibration"]
-        == BatchDataModule(half, half).hashes["evaluation"]
-    )
+    assert hash_of(half) == hash_of([{"y": torch.tensor(True), "x": half[0]["x"].clone()}])
+
+
+def hash_of(batches):
+    return BatchDataModule(batches, images(1)).hashes["calibration"]
+
+
+def test_evaluation_batches_that_are_calibration_batches():
+    data = BatchDataModule(images(), {"new": images(2, seed=1), "some": images()[:2]})
+    with pytest.raises(ValueError, match="2 of 2 batches for evaluation/some are also used for"):
+        data.setup()
 
 
 @pytest.mark.parametrize(

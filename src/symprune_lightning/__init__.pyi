@@ -70,6 +70,10 @@ from .functional.update import OBSUpdate as OBSUpdate
 from .functional.update import WeightUpdate as WeightUpdate
 from .module import CausalLMModule as CausalLMModule
 from .module import TransformersModule as TransformersModule
+from .protocols import C4 as C4
+from .protocols import PTB as PTB
+from .protocols import WikiText2 as WikiText2
+from .protocols import WindowProtocol as WindowProtocol
 from .self_text import SelfText as SelfText
 from .texts import TextSource as TextSource
 from .trainer import Trainer as Trainer

@@ -6,9 +6,12 @@ Longer than 300 lines since all sources and splits of the data are described her
 from __future__ import annotations
 
 import hashlib
+import operator
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from itertools import chain
+from statistics import mean
 from typing import Any
 
 import torch
@@ -20,9 +23,20 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX, Processor, load_tokenizer
+from symprune_lightning.engine.forward.inputs import check_input_ids
+from symprune_lightning.errors import PruningWarning
 from symprune_lightning.module import pruning_target
+from symprune_lightning.protocols import PROTOCOLS, WindowProtocol
 from symprune_lightning.self_text import SELF, SelfText, sample_sequences
-from symprune_lightning.texts import Evaluation, Texts, load_texts, shuffled, source_settings
+from symprune_lightning.sources import Evaluation, source_settings
+from symprune_lightning.texts import TextReader, Texts
+from symprune_lightning.windows import MAX_OVERLAP, check_overlap, pack, text_prefix
+
+MIN_TEXT_LENGTH = 20
+"""Average number of tokens of a text below which end-of-sequence tokens distort the data."""
+
+MIN_TEXTS = 10
+"""Number of texts from which their average length is judged."""
 
 EVALUATION = "evaluation"
 """Name of the evaluation split, or ``"evaluation/<name>"`` for each of several."""
@@ -32,16 +46,20 @@ class CalibrationDataModule(LightningDataModule):
     """Tokenizes texts and packs them into sequences for calibration, evaluation and training.
 
     Texts are shuffled, tokenized, terminated with the end-of-sequence token, and concatenated until
-    a split is full. No text is in more than one of the splits ``"calibration"``, ``"evaluation"``
-    and ``"training"``. The same texts, tokenizer, sizes and seed give the same tokens, which can be
-    checked with ``hashes``.
+    a split is full. Every sequence begins with the tokens that the tokenizer puts in front of a
+    text: models that were trained with a beginning-of-sequence token need it. No text is in more
+    than one of the splits ``"calibration"``, ``"evaluation"`` and ``"training"``, and evaluation
+    texts that share more than 30 % of their tokens with another split, in runs of 64, are
+    refused. The same texts, tokenizer, sizes and seed give the same tokens, which can be checked
+    with ``hashes``.
 
     Args:
         dataset: ``"python-docs"`` (the reference manual of the Python standard library, available
             offline; 113 thousand tokens with a vocabulary of 49 thousand), a hub dataset, a local
-            folder or text file, a ``TextSource``, or an iterable of texts or of lists of token ids;
-            or ``"self"`` or a ``SelfText``, sampled from the model that is pruned (for calibration
-            and training; needs ``evaluation``).
+            folder or text file, a ``TextSource``, or an iterable of texts, of lists of token ids,
+            or of rows with a column ``"text"``; ``"wikitext2"``, ``"c4"``, ``"ptb"`` or another
+            ``WindowProtocol`` of publications; or ``"self"`` or a ``SelfText``, sampled from the
+            model that is pruned (for calibration and training; needs ``evaluation``).
         tokenizer: A tokenizer, or a model name as in ``CausalLMModule``. Not needed for token ids.
             Default: ``None``.
         sequences: Number of calibration sequences. Default: 128, as in the Wanda and RIA papers.
@@ -50,18 +68,22 @@ class CalibrationDataModule(LightningDataModule):
             ``SelfText``, or a mapping of names to several such sets, ``{"wiki": ..., "code":
             ...}``, which are evaluated separately and together. Default: ``None``, which uses
             further texts of ``dataset``.
-        evaluation_sequences: Number of evaluation sequences, per set if there are several.
-            Default: 64.
+        evaluation_sequences: Number of evaluation sequences, per set if there are several; ``None``
+            for all windows of a ``WindowProtocol``. Default: 64.
         training_sequences: Number of training sequences for ``fit``, from texts of ``dataset`` that
             the other splits do not use. Default: 0.
         batch_size: Number of sequences per batch. Default: 1.
+        add_bos: Whether every sequence begins with the beginning-of-sequence token. A
+            ``WindowProtocol`` has its own rule. Default: ``None``, with the special tokens that the
+            tokenizer puts in front of a text.
         seed: Seed of the shuffle. Iterables that are not sequences keep their order. Default: 0.
         trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
 
     Raises:
         ValueError: A size is not positive, there are not enough texts, or texts are passed without
             a tokenizer; ``dataset`` is ``"self"`` and ``evaluation`` is missing, or no transformers
-            model in memory is attached.
+            model in memory is attached; evaluation texts are also used for calibration; or the
+            Trainer's model has fewer embeddings or positions than the sequences need.
         FileNotFoundError: ``dataset`` or ``evaluation`` is a text file that does not exist.
 
     Examples:
@@ -76,15 +98,16 @@ class CalibrationDataModule(LightningDataModule):
 
     def __init__(
         self,
-        dataset: SelfText | Texts,
+        dataset: SelfText | WindowProtocol | Texts,
         tokenizer: Tokenizer | str | None = None,
         *,
         sequences: int = 128,
         sequence_length: int = 2048,
         evaluation: Evaluation = None,
-        evaluation_sequences: int = 64,
+        evaluation_sequences: int | None = 64,
         training_sequences: int = 0,
         batch_size: int = 1,
+        add_bos: bool | None = None,
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
@@ -96,7 +119,7 @@ class CalibrationDataModule(LightningDataModule):
             "batch_size": batch_size,
         }
         for name, size in sizes.items():
-            if size < 1:
+            if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, but got {size}")
         if isinstance(evaluation, Mapping) and not (evaluation and all(evaluation)):
             raise ValueError(
@@ -109,6 +132,13 @@ class CalibrationDataModule(LightningDataModule):
             )
         if isinstance(dataset, str) and dataset == SELF:
             dataset = SelfText()
+        if isinstance(dataset, str):
+            dataset = PROTOCOLS.get(dataset, dataset)
+        if isinstance(dataset, WindowProtocol) and training_sequences:
+            raise ValueError(
+                f"{type(dataset).__name__} has calibration and evaluation windows only: use "
+                f"training_sequences=0, or another dataset"
+            )
         if isinstance(dataset, SelfText) and evaluation is None:
             raise ValueError(
                 "dataset='self' samples calibration and training sequences only: pass evaluation=, "
@@ -121,6 +151,7 @@ class CalibrationDataModule(LightningDataModule):
         self.evaluation_sequences = evaluation_sequences
         self.training_sequences = training_sequences
         self.batch_size = batch_size
+        self.add_bos = add_bos
         self.seed = seed
         self.trust_remote_code = trust_remote_code
         self._tokenizer = tokenizer
@@ -147,22 +178,22 @@ class CalibrationDataModule(LightningDataModule):
         """
         if self._splits:
             return
-        # One iterator for all splits: each continues after the last text of the previous one, so
-        # that no text is in two splits.
-        if isinstance(self.dataset, SelfText):
-            self._splits = {
-                split: self._pack(self._tokenized(texts), self.evaluation_sequences, split)
-                for split, texts in self._evaluation_sets().items()
-                if texts is not None
-            }
-            return
-        sequences = self._tokenized(self.dataset)
-        splits = {"calibration": self._pack(sequences, self.sequences, "calibration")}
-        for split, texts in self._evaluation_sets().items():
-            source = sequences if texts is None else self._tokenized(texts)
-            splits[split] = self._pack(source, self.evaluation_sequences, split)
-        if self.training_sequences:
-            splits["training"] = self._pack(sequences, self.training_sequences, "training")
+        splits: dict[str, Tensor] = {}
+        reader: _Reader | None = None
+        if isinstance(self.dataset, WindowProtocol):
+            splits["calibration"] = self.dataset.calibration_windows(
+                self._required_tokenizer, self.sequences, self.sequence_length, self.seed
+            )
+        elif not isinstance(self.dataset, SelfText):
+            # One reader for all splits: each continues after the last text of the previous one, so
+            # that no text is in two splits.
+            reader = _Reader(self, self.dataset, "the dataset")
+            splits["calibration"] = reader.pack(self.sequences, "calibration")
+        for split, source in self._evaluation_sets().items():
+            splits |= {split: self._evaluation_windows(split, source, reader)}
+        if self.training_sequences and reader is not None:
+            splits["training"] = reader.pack(self.training_sequences, "training")
+        check_overlap(splits, EVALUATION)
         self._splits = splits
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -245,12 +276,11 @@ class CalibrationDataModule(LightningDataModule):
             "training_sequences",
             "sequence_length",
             "batch_size",
+            "add_bos",
             "seed",
         )
         return {
-            "dataset": {SELF: asdict(self.dataset)}
-            if isinstance(self.dataset, SelfText)
-            else source_settings(self.dataset),
+            "dataset": source_settings(self.dataset),
             "evaluation": source_settings(self.evaluation),
             **{name: getattr(self, name) for name in numbers},
             "sha256": self.hashes,
@@ -260,12 +290,13 @@ class CalibrationDataModule(LightningDataModule):
         self.setup()
         if isinstance(self.dataset, SelfText) and split not in self._evaluation_sets():
             self.sample()
+        self._check_model(split)
         rows: Any = [{"input_ids": ids} for ids in self._splits[split]]
         if split in self._evaluation_sets():
             rows = _padded_rows(rows, self._num_replicas)
         return DataLoader(rows, batch_size=self.batch_size)
 
-    def _evaluation_sets(self) -> dict[str, Texts | None]:
+    def _evaluation_sets(self) -> dict[str, WindowProtocol | Texts | None]:
         """Map the evaluation splits to their texts; ``None`` for further texts of ``dataset``."""
         if isinstance(self.evaluation, Mapping):
             return {f"{EVALUATION}/{name}": texts for name, texts in self.evaluation.items()}
@@ -277,35 +308,115 @@ class CalibrationDataModule(LightningDataModule):
         sampler = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return 1 if sampler is None else int(sampler["num_replicas"])
 
-    def _pack(self, texts: Iterator[Sequence[int]], sequences: int, split: str) -> Tensor:
-        """Concatenate texts until ``sequences`` rows are full; drop the rest of the last text.
+    def _evaluation_windows(
+        self, split: str, source: WindowProtocol | Texts | None, reader: _Reader | None
+    ) -> Tensor:
+        """Return the windows of an evaluation split; ``reader`` continues those of ``dataset``."""
+        if source is None and isinstance(self.dataset, WindowProtocol):
+            source = self.dataset
+        if isinstance(source, str):
+            source = PROTOCOLS.get(source, source)
+        if isinstance(source, WindowProtocol):
+            return source.evaluation_windows(
+                self._required_tokenizer, self.evaluation_sequences, self.sequence_length
+            )
+        if source is not None:
+            reader = _Reader(self, source, "the evaluation dataset")
+        assert reader is not None, "checked by __init__"
+        if self.evaluation_sequences is None:
+            raise ValueError(
+                "evaluation_sequences=None takes all windows of a protocol, such as "
+                "evaluation='wikitext2'; pass a number for other texts"
+            )
+        return reader.pack(self.evaluation_sequences, split)
 
-        Returns:
-            Token ids, shape ``(sequences, sequence_length)``.
-        """
-        required = sequences * self.sequence_length
-        ids: list[int] = []
-        for text in texts:
-            ids.extend(text)
-            if len(ids) >= required:
-                return torch.tensor(ids[:required]).view(sequences, self.sequence_length)
-        raise ValueError(
-            f"the texts for {split} are too short: {sequences} sequences of {self.sequence_length} "
-            f"tokens need {required:,} tokens, but only {len(ids):,} are available; use fewer or "
-            f"shorter sequences, or more text"
-        )
-
-    def _tokenized(self, source: Texts) -> Iterator[Sequence[int]]:
-        for text in shuffled(load_texts(source), self.seed):
-            yield self._encode(text) if isinstance(text, str) else [int(i) for i in text]
-
-    def _encode(self, text: str) -> list[int]:
+    @property
+    def _required_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError("texts need a tokenizer: pass tokenizer=<name of the model>")
+        return self.tokenizer
+
+    def _check_model(self, split: str) -> None:
+        """Check that the Trainer's model has embeddings and positions for the tokens."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if module is not None:
+            check_input_ids(pruning_target(module), self._splits[split])
+
+
+class _Reader:
+    """Packs texts of one source into windows, split after split.
+
+    Args:
+        data: The data module, whose sizes and tokenizer are used.
+        source: The source.
+        name: Name of the source in messages.
+    """
+
+    def __init__(self, data: CalibrationDataModule, source: Texts, name: str) -> None:
+        self._data = data
+        self._texts = TextReader(source, data.seed, name)
+        self._ids = iter(self._tokenized())
+        self._is_text = False
+        self._lengths: list[int] = []
+
+    def pack(self, count: int, split: str) -> Tensor:
+        """Return the next ``count`` windows, ``(count, sequence_length)``."""
+        first = next(self._ids, None)  # tells whether the source has texts or token ids
+        ids = self._ids if first is None else chain([first], self._ids)
+        prefix: list[int] = []
+        if self._data.tokenizer is not None and (self._is_text or self._data.add_bos):
+            prefix = text_prefix(self._data.tokenizer, self._data.add_bos)
+        windows = pack(ids, count, self._data.sequence_length, prefix, split)
+        self._texts.report_skipped()
+        self._report_short_texts()
+        return windows
+
+    def _report_short_texts(self) -> None:
+        """Warn once if end-of-sequence tokens are many, as they are if rows are lines."""
+        if len(self._lengths) >= MIN_TEXTS and mean(self._lengths) < MIN_TEXT_LENGTH:
+            warnings.warn(
+                f"the rows of {self._texts.name} have {mean(self._lengths):.0f} tokens on "
+                f"average, and each is ended by the end-of-sequence token: if they are lines of "
+                f"documents, join them (TextSource(…, joiner='\\n\\n'))",
+                PruningWarning,
+                stacklevel=4,
+            )
+            self._lengths.clear()
+
+    def _tokenized(self) -> Iterator[Sequence[int]]:
+        for text in self._texts:
+            if isinstance(text, str) or isinstance(text[0], Mapping):
+                self._is_text = True
+                yield self._encode(text)
+            else:
+                yield self._token_ids(text)
+
+    def _encode(self, text: str | Sequence[Mapping[str, Any]]) -> list[int]:
+        tokenizer = self._data._required_tokenizer
+        if not isinstance(text, str):
+            if tokenizer.chat_template is None:
+                raise ValueError(
+                    f"{self._texts.name} holds chats, and the tokenizer has no chat template: set "
+                    f"tokenizer.chat_template, or use a column of texts"
+                )
+            chat = [dict(message) for message in text]
+            text = str(tokenizer.apply_chat_template(chat, tokenize=False))
         # verbose=False: no warning about texts longer than the context; they are split anyway
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        eos = self.tokenizer.eos_token_id
-        return ids if eos is None else [*ids, eos]
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        eos = tokenizer.eos_token_id
+        if eos is None:
+            return ids
+        self._lengths.append(len(ids))
+        return [*ids, eos]
+
+    def _token_ids(self, ids: Sequence[Any]) -> list[int]:
+        try:
+            return [operator.index(i) for i in ids]
+        except TypeError:
+            raise ValueError(
+                f"{self._texts.name} holds a {type(ids).__name__} of {type(ids[0]).__name__}, and "
+                f"no text: pass texts, lists of token ids, or chats (lists of messages)"
+            ) from None
 
 
 Batches = Iterable[Mapping[str, Tensor]] | Dataset[Mapping[str, Tensor]]
@@ -331,8 +442,8 @@ class BatchDataModule(CalibrationDataModule):
 
     Raises:
         TypeError: ``processor`` is not an object with ``save_pretrained``.
-        ValueError: In ``setup``, if there are no batches, or a batch is not a mapping of names to
-            tensors.
+        ValueError: In ``setup``, if there are no batches, a batch is not a mapping of names to
+            tensors, or more than 30 % of the evaluation batches are calibration batches too.
 
     Examples:
         >>> batches = [{"pixel_values": torch.zeros(2, 3, 8, 8)} for _ in range(4)]
@@ -368,6 +479,7 @@ class BatchDataModule(CalibrationDataModule):
         if not self._batches:
             sources = {"calibration": self.dataset, **self._evaluation_sets()}
             self._batches = {split: _read_batches(x, split) for split, x in sources.items()}
+            _check_common_batches(self._batches)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Raise ``ValueError``, since there are no training batches."""
@@ -439,6 +551,19 @@ def _hash_batches(batches: Sequence[Mapping[str, Tensor]]) -> str:
             flat = x.detach().cpu().contiguous().flatten()
             digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _check_common_batches(splits: Mapping[str, Sequence[Mapping[str, Tensor]]]) -> None:
+    """Refuse evaluation batches that are calibration batches too."""
+    calibration = {_hash_batches([batch]) for batch in splits["calibration"]}
+    for split, batches in splits.items():
+        common = sum(_hash_batches([batch]) in calibration for batch in batches)
+        if split != "calibration" and common > MAX_OVERLAP * len(batches):
+            raise ValueError(
+                f"{common} of {len(batches)} batches for {split} are also used for calibration: "
+                f"the pruned model would be evaluated on the data that it was fitted to; pass "
+                f"other batches as evaluation="
+            )
 
 
 def _padded_batches(batches: list[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:

@@ -106,12 +106,13 @@ def test_perplexity_is_that_of_the_pruned_model_over_all_tokens():
 def test_perplexity_of_several_named_sets():
     sets = {"low": [list(range(3, 19))] * 3, "high": [list(range(40, 56))] * 2}
     sizes = {"sequences": 2, "sequence_length": 16}
-    several = CalibrationDataModule(sets["low"], evaluation=sets, evaluation_sequences=2, **sizes)
+    texts = [list(range(20, 36))] * 2
+    several = CalibrationDataModule(texts, evaluation=sets, evaluation_sequences=2, **sizes)
     callback, model = SymPrune(), language_module()
     metrics = quiet_trainer().validate(model, datamodule=several, callbacks=callback, verbose=False)
     single = {}
     for name, ids in sets.items():
-        data = CalibrationDataModule(ids, evaluation=ids, evaluation_sequences=2, **sizes)
+        data = CalibrationDataModule(texts, evaluation=ids, evaluation_sequences=2, **sizes)
         (values,) = quiet_trainer().validate(model, datamodule=data, verbose=False)
         single[f"val_perplexity/{name}"] = values["val_perplexity"]
     for name, perplexity in single.items():

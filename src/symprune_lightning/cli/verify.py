@@ -21,8 +21,7 @@ from symprune_lightning.datamodule import EVALUATION, CalibrationDataModule
 from symprune_lightning.errors import VerificationError
 from symprune_lightning.functional.packing import PackedMasks
 from symprune_lightning.module import CausalLMModule
-from symprune_lightning.self_text import SELF, SelfText
-from symprune_lightning.texts import TextSource
+from symprune_lightning.sources import source_from_settings
 from symprune_lightning.trainer import Trainer
 
 TOLERANCE = 1e-3
@@ -232,9 +231,9 @@ def _recorded_data(folder: Path, settings: dict[str, Any] | None) -> Calibration
         raise _UnavailableError("the manifest does not record the data")
     settings = dict(settings)
     hashes = settings.pop("sha256")
-    for key in ("dataset", "evaluation"):
-        settings[key] = _recorded_source(settings[key])
     try:
+        for key in ("dataset", "evaluation"):
+            settings[key] = source_from_settings(settings[key])
         data = CalibrationDataModule(settings.pop("dataset"), str(folder), **settings)
         current = data.hashes
     except Exception as error:
@@ -242,20 +241,6 @@ def _recorded_data(folder: Path, settings: dict[str, Any] | None) -> Calibration
     if any(hashes.get(k) != v for k, v in current.items() if k.startswith(EVALUATION)):
         raise _UnavailableError("the evaluation data has other tokens here than it had then")
     return data
-
-
-def _recorded_source(source: Any) -> Any:
-    """Return the texts that the manifest describes."""
-    if not isinstance(source, dict):
-        return source
-    if "iterable" in source:
-        raise _UnavailableError("it was evaluated on data in memory, which is not stored")
-    if "sets" in source:
-        return {name: _recorded_source(texts) for name, texts in source["sets"].items()}
-    if SELF in source:
-        prefixes = tuple(source[SELF]["prefixes"])
-        return SelfText(temperature=source[SELF]["temperature"], prefixes=prefixes)
-    return TextSource(**source)
 
 
 def print_checks(folder: str, perplexity: bool = True, trust_remote_code: bool = False) -> None:

@@ -1,0 +1,138 @@
+"""Windows of tokens: packing of texts, and overlap between splits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from symprune_lightning.errors import PruningWarning
+
+OVERLAP_WINDOW = 64
+"""Tokens in a row that two splits must share to overlap there, if they have so many."""
+
+MIN_OVERLAP_WINDOW = 32
+"""Number of tokens of a split below which overlap is not looked for."""
+
+MAX_OVERLAP = 0.3
+"""Share of evaluation tokens in calibration or training texts above which they are refused.
+
+Texts of one source repeat passages: those of the Python manual share a tenth.
+"""
+
+NAMED_OVERLAP = 0.1
+"""Share above which a warning says so."""
+
+
+def text_prefix(tokenizer: Tokenizer, add_bos: bool | None) -> list[int]:
+    """Return the tokens that every window begins with.
+
+    Args:
+        tokenizer: The tokenizer.
+        add_bos: Whether that is the beginning-of-sequence token; ``None`` for what the tokenizer
+            puts in front of a text.
+
+    Raises:
+        ValueError: ``add_bos`` is ``True``, and the tokenizer has no such token.
+    """
+    if add_bos is None:
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer("a")["input_ids"]
+        starts = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+        return ids[: next(starts, 0)]
+    if not add_bos:
+        return []
+    if tokenizer.bos_token_id is None:
+        raise ValueError(
+            f"add_bos=True, but {type(tokenizer).__name__} has no beginning-of-sequence token"
+        )
+    return [int(tokenizer.bos_token_id)]
+
+
+def pack(
+    texts: Iterator[Sequence[int]], count: int, length: int, prefix: Sequence[int], split: str
+) -> Tensor:
+    """Concatenate texts until windows are full; drop the rest of the last text.
+
+    Args:
+        texts: Token ids of each text.
+        count: Number of windows.
+        length: Tokens in each, with the prefix.
+        prefix: Tokens that each begins with.
+        split: Name of the split in messages.
+
+    Returns:
+        Token ids, shape ``(count, length)``.
+
+    Raises:
+        ValueError: The texts are too short, or the prefix leaves no room.
+    """
+    size = length - len(prefix)
+    if size < 1:
+        raise ValueError(
+            f"sequence_length is {length}, and each sequence begins with {len(prefix)} special "
+            f"tokens: use longer sequences"
+        )
+    required = count * size
+    ids: list[int] = []
+    for text in texts:
+        ids.extend(text)
+        if len(ids) >= required:
+            rows = torch.tensor(ids[:required]).view(count, size)
+            start = torch.tensor(list(prefix), dtype=rows.dtype).expand(count, -1)
+            return torch.cat([start, rows], 1)
+    raise ValueError(
+        f"the texts for {split} are too short: {count} sequences of {length} tokens need "
+        f"{required:,} tokens, but only {len(ids):,} are available; use fewer or shorter "
+        f"sequences, or more text"
+    )
+
+
+def check_overlap(splits: Mapping[str, Tensor], evaluation: str) -> None:
+    """Refuse or name evaluation tokens that are in the calibration or training split too.
+
+    Args:
+        splits: Token ids by split, ``(windows, length)`` each.
+        evaluation: Prefix of the names of the evaluation splits.
+
+    Raises:
+        ValueError: More than 30 % of the evaluation tokens are in runs that another split has.
+    """
+    fitted = {name: ids for name, ids in splits.items() if not name.startswith(evaluation)}
+    for name, ids in splits.items():
+        if not name.startswith(evaluation):
+            continue
+        for other, others in fitted.items():
+            share = overlap(ids, others)
+            message = (
+                f"{share:.0%} of the tokens for {name} are also used for {other}, in the same "
+                f"order: the pruned model is evaluated on texts that it was fitted to; pass "
+                f"other texts as evaluation="
+            )
+            if share > MAX_OVERLAP:
+                raise ValueError(message)
+            if share > NAMED_OVERLAP:
+                warnings.warn(message, PruningWarning, stacklevel=4)
+
+
+def overlap(ids: Tensor, others: Tensor) -> float:
+    """Return the share of the runs of 64 tokens of a split that another split contains.
+
+    Of shorter runs, if a split has fewer tokens; 0 if it has fewer than 32.
+    """
+    length = min(ids.numel(), others.numel(), OVERLAP_WINDOW)
+    if length < MIN_OVERLAP_WINDOW:
+        return 0.0
+    return float(torch.isin(_hashes(ids, length), _hashes(others, length)).float().mean())
+
+
+def _hashes(ids: Tensor, length: int) -> Tensor:
+    """Return a hash of every run of ``length`` tokens."""
+    runs = ids.flatten().long().unfold(0, length, 1)
+    hashes = torch.zeros(len(runs), dtype=torch.int64)
+    for column in runs.unbind(1):  # wraps around modulo 2⁶⁴
+        hashes = hashes * 6364136223846793005 + column + 1442695040888963407
+    return hashes

@@ -1,0 +1,148 @@
+"""Files, datasets and rows that users have."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from symprune_lightning import CalibrationDataModule, TextSource
+from symprune_lightning.protocols import C4, PROTOCOLS
+from symprune_lightning.sources import source_from_settings, source_settings
+from symprune_lightning.texts import TextReader
+from tests.texts import texts, tokenizer
+
+SIZES = {"sequences": 4, "sequence_length": 16, "evaluation_sequences": 3}
+
+
+def csv(path: Path) -> Any:
+    datasets.Dataset.from_dict({"text": texts()}).to_csv(path / "a.csv")
+    return str(path / "a.csv")
+
+
+def tsv(path: Path) -> Any:
+    datasets.Dataset.from_dict({"text": texts()}).to_csv(path / "a.tsv", sep="\t")
+    return str(path / "a.tsv")
+
+
+def json_gz(path: Path) -> Any:
+    with gzip.open(path / "c4.json.gz", "wt") as file:
+        file.write("\n".join(json.dumps({"text": text}) for text in texts()))
+    return path / "c4.json.gz"
+
+
+def upper_case(path: Path) -> Any:
+    (path / "T.TXT").write_text("\n\n".join(texts()))
+    return str(path / "T.TXT")
+
+
+def token_ids(path: Path) -> Any:
+    ids = [tokenizer()(text)["input_ids"] for text in texts()]
+    datasets.Dataset.from_dict({"ids": ids}).to_parquet(path / "ids.parquet")
+    return TextSource(str(path / "ids.parquet"), column="ids")
+
+
+def parquet_folder(path: Path) -> Any:
+    for part in range(2):
+        rows = datasets.Dataset.from_dict({"text": texts()[part::2]})
+        rows.to_parquet(path / f"train-{part}.parquet")
+    return str(path)
+
+
+SOURCES: dict[str, Callable[[Path], Any]] = {
+    "csv": csv,
+    "tsv": tsv,
+    "json.gz": json_gz,
+    "TXT": upper_case,
+    "folder": parquet_folder,
+    "stream of a file": lambda path: TextSource(str(json_gz(path)), streaming=True),
+    "streamed dataset": lambda path: datasets.Dataset.from_dict(
+        {"text": texts()}
+    ).to_iterable_dataset(),
+    "rows": lambda path: [{"text": text} for text in texts()],
+    "generator of rows": lambda path: ({"text": text} for text in texts()),
+    "token ids": token_ids,
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_sources(tmp_path, name):
+    data = CalibrationDataModule(SOURCES[name](tmp_path), tokenizer(), seed=3, **SIZES)
+    data.setup()
+    ids = torch.cat([batch["input_ids"] for batch in data.calibration_dataloader()]).flatten()
+    known = [tokenizer()(text)["input_ids"] for text in texts()]
+    first = next(row for row in known if row == ids[:30].tolist())
+    assert first
+    again = CalibrationDataModule(SOURCES[name](tmp_path), tokenizer(), seed=3, **SIZES)
+    assert again.hashes == data.hashes
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": texts()})), "splits train"),
+        (
+            [{"content": "a"}],
+            "the dataset have no column 'text'; their columns are: content",
+        ),
+        ([[{"role": "user", "content": "w1"}]] * 9, "chats, and the tokenizer has no chat templ"),
+        ([[0.5, 0.25]], "holds a list of float, and no text"),
+        (datasets.Dataset.from_dict({"body": texts()}), "no column 'text'; its columns are: body"),
+    ],
+)
+def test_mistakes(source, message):
+    with pytest.raises(ValueError, match=message):
+        CalibrationDataModule(source, tokenizer(), **SIZES).setup()
+
+
+def test_chats_are_formatted_by_the_template_of_the_tokenizer(tmp_path):
+    chats = [[{"role": "user", "content": text}] for text in texts()]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    template = tokenizer()
+    template.chat_template = "{% for m in messages %}w0 {{ m['content'] }} w1{% endfor %}"
+    data = CalibrationDataModule(TextSource(str(path), column="messages"), template, **SIZES)
+    data.setup()
+    ids = next(iter(data.calibration_dataloader()))["input_ids"][0].tolist()
+    assert ids[0] == template("w0")["input_ids"][0]
+    texts_with_template = [template(f"w0 {text} w1")["input_ids"] for text in texts()]
+    assert any(row[:16] == ids for row in texts_with_template)
+
+
+def test_a_stream_is_read_no_further_than_needed():
+    read = []
+
+    def endless() -> Iterator[str]:
+        for i in range(1_000_000):
+            read.append(i)
+            yield texts()[i % 40]
+
+    CalibrationDataModule(endless(), tokenizer(), **SIZES).setup()
+    assert len(read) < 10
+
+
+def test_settings_describe_every_source():
+    sources = [
+        "python-docs",
+        TextSource("a.csv", joiner="\n", streaming=True),
+        {"a": "wikitext2", "b": TextSource("b")},
+        C4(path="/c4"),
+        *PROTOCOLS.values(),
+    ]
+    for source in sources:
+        restored = source_from_settings(json.loads(json.dumps(source_settings(source))))
+        assert restored == source or PROTOCOLS[restored] == source
+    with pytest.raises(ValueError, match="data in memory"):
+        source_from_settings(source_settings(texts()))
+
+
+def test_the_names_of_rows_are_those_of_the_file(tmp_path):
+    reader = TextReader(csv(tmp_path), 0, "the texts")
+    assert next(iter(reader)) in texts()
+    assert reader.name.endswith("a.csv")
