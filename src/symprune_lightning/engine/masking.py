@@ -145,8 +145,8 @@ def _error_sums(
         Float64 vector: squared output; squared errors by the initial mask, after refining, after
         the update; swaps.
     """
-    swaps = int((refined & ~mask).sum())
-    sums = [0.0] * (NUM_SUMS - 1)
+    swaps = (refined & ~mask).sum(dtype=torch.float64)
+    sums = [torch.zeros_like(swaps)] * (NUM_SUMS - 1)
     if statistics.input is not None:
         # a product, since masked_fill takes five times as long on a CPU
         sums[0] = _total_error(weight, statistics)
@@ -155,11 +155,11 @@ def _error_sums(
             sums[2] = _total_error(weight * ~refined, statistics)
         if updated is not None:
             sums[3] = _total_error(weight - updated, statistics)
-    return torch.tensor([*sums, swaps], dtype=torch.float64)
+    return torch.stack([*sums, swaps]).cpu()  # at once: a GPU waits for each copy to the host
 
 
-def _total_error(delta: Tensor, statistics: Statistics) -> float:
-    return float(statistics.squared_error(delta).sum())
+def _total_error(delta: Tensor, statistics: Statistics) -> Tensor:
+    return statistics.squared_error(delta).sum().double()
 
 
 def compute_scores(

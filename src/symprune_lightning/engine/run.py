@@ -261,7 +261,7 @@ class PruningRun:
     def _is_trained(self, layer: Layer, weight: Tensor) -> bool:
         """Return whether a layer has a weight to keep; a mask of zeros would be kept for ever."""
         # the first row tells most layers apart, without a pass over all weights
-        if bool(weight[:1].any() or weight.any()):
+        if bool(weight[:1].any()) or bool(weight.any()):
             return True
         self.result.all_zero.append(layer.name)
         return False

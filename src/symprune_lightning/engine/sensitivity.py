@@ -109,8 +109,9 @@ def _drawn_loss(calibration: Calibration, batch: Any, number: int) -> Tensor:
     flat = logits.flatten(0, -2)
     if mask is not None and mask.numel() == len(flat):
         flat = flat[mask.flatten()]
-    # seeded by the batch, so that labels do not depend on the number of ranks
-    generator = torch.Generator(flat.device).manual_seed(number)
+    # Seeded by the batch, so that labels do not depend on the number of ranks; on the CPU, so that
+    # they do not depend on the device.
+    generator = torch.Generator().manual_seed(number)
     total = flat.new_zeros((), dtype=torch.float32)
     for chunk in torch.split(flat, CHUNK):
         labels = _draw(chunk.detach().float().softmax(-1), generator)
@@ -124,8 +125,8 @@ def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     About eight times faster than ``torch.multinomial`` for a vocabulary of 50,000 on a CPU.
     """
     cumulative = probabilities.cumsum(-1)
-    shape, device = (len(probabilities), 1), probabilities.device
-    level = torch.rand(shape, generator=generator, device=device) * cumulative[:, -1:]
+    uniform = torch.rand((len(probabilities), 1), generator=generator)
+    level = uniform.to(probabilities.device) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, level)[:, 0].clamp_max(probabilities.shape[1] - 1)
 
 

@@ -13,6 +13,7 @@ from symprune_lightning.engine.layers.select import (
     matching,
     prunable_layers,
 )
+from symprune_lightning.engine.prune import prune_model
 from tests.models import LANGUAGE, build, mlp
 
 
@@ -155,11 +156,26 @@ def test_find_layers_resolves_names_in_the_given_order():
 
 
 class Quantised(torch.Tensor):
-    """A tensor of another library that states a floating dtype."""
+    """A tensor of a quantisation library, which states a floating dtype."""
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor)
 
 
-def test_tensor_subclasses_are_refused():
+class Tagged(torch.Tensor):
+    """A subclass that behaves as a tensor."""
+
+
+def test_quantised_tensor_subclasses_are_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.randn(4, 4).as_subclass(Quantised))
-    with pytest.raises(ValueError, match="layer 0 holds a Quantised, which is no plain tensor"):
+    with pytest.raises(ValueError, match="layer 0 holds a Quantised, which is quantised"):
         prunable_layers(model)
+
+
+def test_other_tensor_subclasses_are_pruned():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.randn(4, 4).as_subclass(Tagged))
+    result = prune_model(model, [torch.randn(8, 4)], score="wanda")
+    assert result.is_applied_to(model)
+    assert int((model[0].weight == 0).sum()) == 8

@@ -127,8 +127,8 @@ class Layer:
 
     def _is_view(self, parameter: Tensor) -> bool:
         """Return whether the view shares memory, which flattening in another layout does not."""
-        view = self.view(parameter)
-        return view.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+        start, size = parameter.data_ptr(), parameter.numel() * parameter.element_size()
+        return start <= self.view(parameter).data_ptr() < start + size
 
 
 Tokens = Callable[[int], Tensor | None]

@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.exempt import exempt_layers
 from symprune_lightning.engine.layers.find import all_layers
@@ -186,11 +185,12 @@ def _check_weight(layer: Layer, *, allow_meta: bool) -> None:
             f"zeros would not persist; make the weight a plain parameter first"
         )
     weight = layer.parameter
-    if type(weight) not in (Tensor, nn.Parameter) and not is_dtensor(weight):
-        # quantised tensors of other libraries state a floating dtype, and ignore writes
+    # Tensors of quantisation libraries (quanto, torchao) state a floating dtype, and ignore writes.
+    # Other subclasses are read back after they are written, see `LayerChange`.
+    if getattr(type(weight), "dequantize", None) not in (Tensor.dequantize, None):
         raise ValueError(
-            f"layer {layer.name} holds a {type(weight).__name__}, which is no plain tensor: prune "
-            f"the model before quantising it"
+            f"layer {layer.name} holds a {type(weight).__name__}, which is quantised: prune the "
+            f"model before quantising it"
         )
     if weight.dtype not in FLOATING_DTYPES or len(layer.shape) != 2:
         raise ValueError(

@@ -1,0 +1,1 @@
+"""A pretended GPU, on which mistakes with devices show without a GPU."""
