@@ -34,7 +34,7 @@ SEQUENCES = (5, 7)
 def data(folder: Path, sequences: int) -> CalibrationDataModule:
     torch.manual_seed(3)
     texts = torch.randint(3, VOCABULARY, (40, 16)).tolist()
-    several = {"some": texts[:20], "others": texts[20:]}
+    several = {name: torch.randint(3, VOCABULARY, (20, 16)).tolist() for name in ("some", "others")}
     return CalibrationDataModule(
         texts,
         evaluation=several if sequences == 7 else None,

@@ -11,7 +11,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from symprune_lightning import CausalLMModule, Report, SymPrune, ZeroShot, load_masks
+from symprune_lightning import (
+    CausalLMModule,
+    PruningWarning,
+    Report,
+    SymPrune,
+    ZeroShot,
+    load_masks,
+)
 from symprune_lightning.checkpoints.manifest import read_manifest
 from symprune_lightning.engine.files import hidden_sibling
 from tests.callbacks.examples import (
@@ -254,6 +261,18 @@ def test_a_streamed_run_equals_one_in_memory(dense, tmp_path):
         assert manifests[0][key] == manifests[1][key], key
     assert manifests[0]["metrics"] == {"dense": {}, "pruned": {}}
     assert not hidden_sibling(tmp_path / "sparse", "journal").exists()
+
+
+def test_the_dtype_of_a_module_has_no_effect_on_a_streamed_run(dense, tmp_path):
+    module = CausalLMModule(dense, dtype="bfloat16")
+    with pytest.warns(PruningWarning, match="dtype='bfloat16' of the module has no effect"):
+        quiet_trainer().prune(
+            module,
+            datamodule=text_data(),
+            output=str(tmp_path / "out"),
+            stream=True,
+            callbacks=SymPrune(),
+        )
 
 
 def test_a_module_can_be_evaluated_after_a_streamed_run(dense, tmp_path):

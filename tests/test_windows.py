@@ -216,3 +216,8 @@ def run(model, data):
     trainer.validate(
         CausalLMModule(model), datamodule=data, callbacks=SymPrune("wanda"), verbose=False
     )
+
+
+def test_runs_without_text_do_not_count():
+    unknown = torch.full((4, 100), 3)
+    assert overlap(unknown, unknown) == 0

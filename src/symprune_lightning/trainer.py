@@ -6,6 +6,7 @@ Longer than 300 lines since the signatures of ``fit``, ``validate`` and ``test``
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -30,11 +31,13 @@ from symprune_lightning.callbacks.recovery import recovery_callbacks, recovery_c
 from symprune_lightning.checkpoints.export import check_destination, save_checkpoint
 from symprune_lightning.checkpoints.manifest import build_manifest
 from symprune_lightning.checkpoints.masks import hash_masks
+from symprune_lightning.checkpoints.pretrained import local_folder
 from symprune_lightning.checkpoints.streaming import StreamedCheckpoint
 from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import hidden_sibling
 from symprune_lightning.engine.result import PruneResult
+from symprune_lightning.errors import PruningWarning
 from symprune_lightning.module import CausalLMModule, TransformersModule, pruning_target
 
 Callbacks = Callback | Sequence[Callback] | None
@@ -53,7 +56,8 @@ class Trainer(pl.Trainer):
         >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32,
         ...                      num_hidden_layers=1, num_attention_heads=2)
         >>> module = CausalLMModule(LlamaForCausalLM(config))
-        >>> data = CalibrationDataModule([list(range(32))] * 4, sequences=2, sequence_length=32,
+        >>> texts = [[(i * j) % 32 for i in range(32)] for j in range(1, 9)]
+        >>> data = CalibrationDataModule(texts, sequences=2, sequence_length=32,
         ...                              evaluation_sequences=2)
         >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False,
         ...                   enable_progress_bar=False, enable_model_summary=False)
@@ -213,7 +217,7 @@ class Trainer(pl.Trainer):
         if distillation is not None:
             distillation.check_data(self, datamodule)
         if output is not None:
-            check_destination(output)
+            check_destination(output, _checkpoint_size(model))
             if not isinstance(model, TransformersModule):
                 _transformers_model(model)
         with (
@@ -316,6 +320,14 @@ class Trainer(pl.Trainer):
             device=self.strategy.root_device,
             trust_remote_code=module.trust_remote_code,
         )
+        stored = str(checkpoint.model.dtype).removeprefix("torch.")
+        if module.dtype_name not in ("auto", stored):
+            warnings.warn(
+                f"a streamed checkpoint keeps the dtype of its source, {stored}: "
+                f"dtype={module.dtype_name!r} of the module has no effect",
+                PruningWarning,
+                stacklevel=4,
+            )
         with checkpoint, self._streaming(module, datamodule, checkpoint):
             result = callback.run_pruning(self, module, placement=checkpoint)
             manifest = self._manifest(module, datamodule, callback, result)
@@ -420,6 +432,16 @@ class Trainer(pl.Trainer):
             yield
         finally:
             self.callbacks = before
+
+
+def _checkpoint_size(module: LightningModule) -> int:
+    """Return the size of a checkpoint's weights and masks in bytes; 0 if it is not known yet."""
+    if isinstance(module, TransformersModule) and module.model is None:
+        folder = local_folder(module.pretrained)
+        files = () if folder is None else folder.glob("*.safetensors")
+        return sum(file.stat().st_size for file in files)
+    parameters = list(pruning_target(module).parameters())
+    return sum(p.numel() * p.element_size() + p.numel() // 8 for p in parameters)
 
 
 def _transformers_model(module: LightningModule) -> PreTrainedModel:

@@ -23,6 +23,9 @@ MAX_OVERLAP = 0.3
 Texts of one source repeat passages: those of the Python manual share a tenth.
 """
 
+MIN_DISTINCT = 4
+"""Distinct tokens of a run below which it holds no text: unknown tokens, rulers, empty lines."""
+
 NAMED_OVERLAP = 0.1
 """Share above which a warning says so."""
 
@@ -126,12 +129,20 @@ def overlap(ids: Tensor, others: Tensor) -> float:
     length = min(ids.numel(), others.numel(), OVERLAP_WINDOW)
     if length < MIN_OVERLAP_WINDOW:
         return 0.0
-    return float(torch.isin(_hashes(ids, length), _hashes(others, length)).float().mean())
+    runs = _runs(ids, length)
+    common = torch.isin(_hashes(runs), _hashes(_runs(others, length)))
+    sorted_runs = runs[common].sort(1).values
+    num_distinct = 1 + (sorted_runs[:, 1:] != sorted_runs[:, :-1]).sum(1)
+    return float((num_distinct >= MIN_DISTINCT).sum()) / len(runs)
 
 
-def _hashes(ids: Tensor, length: int) -> Tensor:
-    """Return a hash of every run of ``length`` tokens."""
-    runs = ids.flatten().long().unfold(0, length, 1)
+def _runs(ids: Tensor, length: int) -> Tensor:
+    """Return every run of ``length`` tokens, ``(runs, length)``, without a copy."""
+    return ids.flatten().long().unfold(0, length, 1)
+
+
+def _hashes(runs: Tensor) -> Tensor:
+    """Return a hash of each run."""
     hashes = torch.zeros(len(runs), dtype=torch.int64)
     for column in runs.unbind(1):  # wraps around modulo 2⁶⁴
         hashes = hashes * 6364136223846793005 + column + 1442695040888963407

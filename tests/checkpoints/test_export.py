@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,7 +17,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from symprune_lightning import export_model, load_masks, prune_model
+from symprune_lightning import (
+    CausalLMModule,
+    PruningWarning,
+    SymPrune,
+    Trainer,
+    export_model,
+    load_masks,
+    prune_model,
+)
 from symprune_lightning.checkpoints.export import check_destination, save_checkpoint
 from symprune_lightning.checkpoints.manifest import MANIFEST, read_manifest
 from tests.groups import run_group
@@ -87,6 +96,33 @@ def test_mount_points_are_refused():
     if Path("/dev/shm").is_dir() and not any(Path("/dev/shm").iterdir()):
         with pytest.raises(PermissionError, match="is a mount point"):
             check_destination("/dev/shm")
+
+
+def test_a_disk_without_space_is_found_before_the_run(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(OSError, match=r"a checkpoint of .* GB does not fit on the disk of"):
+        check_destination(tmp_path / "out", free + 2**40)
+    assert check_destination(tmp_path / "out", 1) == tmp_path / "out"
+    model = CausalLMModule(build("llama"))
+    # ten thousand times the disk: the embedding claims its size without taking memory
+    model.prunable_model.model.embed_tokens.weight = torch.nn.Parameter(
+        torch.zeros(1).expand(free, 10_000), requires_grad=False
+    )
+    with pytest.raises(OSError, match="does not fit on the disk"):
+        Trainer(accelerator="cpu", logger=False).prune(
+            model, output=str(tmp_path / "out"), callbacks=SymPrune()
+        )
+
+
+def test_unfinished_checkpoints_of_killed_runs_are_named(tmp_path):
+    (tmp_path / ".first.partial").mkdir()
+    with pytest.warns(
+        PruningWarning, match=r"first\.partial is the unfinished checkpoint"
+    ):
+        check_destination(tmp_path / "second")
+    check_destination(tmp_path / "first")  # cleaned up when it is written
+    save_checkpoint(tmp_path / "first", build("llama"), None, {}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
 
 def test_a_failed_rename_restores_the_earlier_checkpoint(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from symprune_lightning import (
     SymPrune,
     Trainer,
 )
+from symprune_lightning.cli.compare import table
 from symprune_lightning.cli.sweep import Sweep, SweepResult
 from tests.models import llama
 
@@ -134,4 +135,6 @@ def test_an_interrupted_method_is_resumed(tmp_path):
     assert {name.split(".")[2] for name in observer.scored} == {"1", "2"}
     assert resumed.perplexity == expected.perplexity
     assert resumed.error == expected.error
+    assert resumed.seconds is None, "the time before the interruption is not known"
+    assert "resumed" in table([resumed]).columns[4]._cells
     assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["results.json"]

@@ -1,4 +1,7 @@
-"""Base class of callbacks that prune."""
+"""Base class of callbacks that prune.
+
+Longer than 300 lines since the hooks of Lightning share the state of a run.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,18 @@ from symprune_lightning.checkpoints.pretrained import Processor, local_folder
 from symprune_lightning.engine.coverage import record_coverage
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.sharding import full_state_dict
-from symprune_lightning.engine.files import atomic_directory
+from symprune_lightning.engine.files import PARTIAL, atomic_directory, hidden_sibling
 from symprune_lightning.engine.result import LayerReport, PruneResult
+from symprune_lightning.errors import PruningWarning
 from symprune_lightning.functional.packing import PackedMasks
 
 
-def check_destination(output: str | Path) -> Path:
+def check_destination(output: str | Path, size: int = 0) -> Path:
     """Check that a checkpoint can be written, before the run starts.
 
     Args:
         output: The folder to be written. A symbolic link to a folder stays; its target is written.
+        size: Size of the checkpoint in bytes, as far as it is known.
 
     Returns:
         Its absolute path, without symbolic links.
@@ -42,6 +46,7 @@ def check_destination(output: str | Path) -> Path:
     Raises:
         FileExistsError: It is not empty and holds no checkpoint of this package.
         PermissionError: Its parent folder cannot be written, or it is a mount point.
+        OSError: The disk has less space than the checkpoint needs.
         NotADirectoryError: A component of the path is a file.
     """
     path = Path(output).expanduser().resolve()
@@ -65,7 +70,27 @@ def check_destination(output: str | Path) -> Path:
         raise PermissionError(
             f"cannot write to {path.parent}: {error}; choose another folder"
         ) from error
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(
+            f"a checkpoint of {size / 1e9:.1f} GB does not fit on the disk of {path.parent}, which "
+            f"has {free / 1e9:.1f} GB left: choose another folder"
+        )
+    _name_unfinished(path)
     return path
+
+
+def _name_unfinished(path: Path) -> None:
+    """Warn about unfinished checkpoints of other runs in the same folder."""
+    own = hidden_sibling(path, PARTIAL)
+    for folder in path.parent.glob(f".*.{PARTIAL}"):
+        if folder.is_dir() and folder != own:  # that of this path is cleaned up when it is written
+            warnings.warn(
+                f"{folder} is the unfinished checkpoint of a run that was killed, or that is still "
+                f"writing: delete it if no such run exists",
+                PruningWarning,
+                stacklevel=3,
+            )
 
 
 def save_checkpoint(

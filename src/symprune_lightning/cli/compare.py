@@ -75,7 +75,8 @@ def table(results: Sequence[SweepResult]) -> Table:
             continue
         ratio = result.perplexity / (result.dense or float("nan"))
         cells = (f"{result.sparsity:.4f}", f"{result.perplexity:.3f}", f"{ratio:.3f}")
-        columns.add_row(result.name, *cells, f"{result.seconds:.1f}")
+        seconds = "resumed" if result.seconds is None else f"{result.seconds:.1f}"
+        columns.add_row(result.name, *cells, seconds)
     return columns
 
 
@@ -85,7 +86,7 @@ def plot(results: Sequence[SweepResult], path: Path) -> None:
         from matplotlib.figure import Figure  # noqa: PLC0415 — an optional dependency
     except ImportError:
         return
-    finished = [result for result in results if result.perplexity is not None]
+    finished = [r for r in results if r.perplexity is not None and r.seconds is not None]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for i, result in enumerate(sorted(finished, key=lambda result: -(result.perplexity or 0.0))):

@@ -150,8 +150,8 @@ def main() -> None:
         # Lightning turns KeyboardInterrupt into SystemExit
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        # only `prune --output` and `compare` keep a journal
-        resumes = "--output" in " ".join(arguments)
+        # only these keep a journal
+        resumes = arguments[0] in ("prune", "compare") and "--output" in " ".join(arguments)
         sys.exit(f"symprune: interrupted{'; rerun the same command to resume' * resumes}")
     except USER_ERRORS as error:
         if os.environ.get("SYMPRUNE_TRACEBACK"):

@@ -28,7 +28,8 @@ class SweepResult:
         sparsity: Realised fraction of zeros.
         dense: Perplexity of the dense model.
         perplexity: Perplexity of the pruned model.
-        seconds: Time for pruning: calibration forward, scores, masks, refining.
+        seconds: Time for pruning: calibration forward, scores, masks, refining; ``None`` if the run
+            was resumed, of which the time before is not known.
         error: Mean relative squared error of the layers; ``None`` without input statistics.
         failure: Error message if the method failed, and the other figures are ``None``.
     """
@@ -95,6 +96,7 @@ class Sweep:
         callback.baseline = self._dense_perplexity is None
         journal = hidden_sibling(self.folder / name.replace("/", "_"), "journal")
         callback.journal = journal
+        is_resumed = journal.is_dir()
         try:
             metrics = trainer.validate(self.module, datamodule=self.data, verbose=False)[0]
         finally:  # the dense evaluation comes first, and is valid even if pruning fails
@@ -109,7 +111,7 @@ class Sweep:
             sparsity=callback.result.sparsity,
             dense=self._dense_perplexity,
             perplexity=metrics["val_perplexity"],
-            seconds=callback.seconds,
+            seconds=None if is_resumed else callback.seconds,
             error=sum(known) / len(known) if known else None,
         )
 

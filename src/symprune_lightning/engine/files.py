@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PARTIAL = "partial"
+"""Suffix of files and folders that are not complete yet."""
+
 
 @contextmanager
-def atomic_file(path: Path, suffix: str = "partial") -> Iterator[Path]:
+def atomic_file(path: Path, suffix: str = PARTIAL) -> Iterator[Path]:
     """Write a file under a temporary name and rename it to ``path`` once it is complete.
 
     Args:
@@ -50,7 +53,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Yields:
         The directory to write to. Leftovers of a killed process are cleaned up first.
     """
-    tmp, backup = hidden_sibling(path, "partial"), hidden_sibling(path, "old")
+    tmp, backup = hidden_sibling(path, PARTIAL), hidden_sibling(path, "old")
     if backup.is_dir() and not path.exists():
         backup.rename(path)  # the process was killed between the two renames
     for leftover in (tmp, backup):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from symprune_lightning.engine.layers.names import module_names
 
@@ -12,7 +13,7 @@ def check_input_ids(model: nn.Module, ids: object) -> None:
     """Check that a model has an embedding for each token id, and for each position.
 
     Args:
-        model: The model; only models of transformers are checked.
+        model: The model; only models with the methods of transformers are checked.
         ids: Token ids, ``(batch, tokens)``; other values are not checked.
 
     Raises:
@@ -20,12 +21,12 @@ def check_input_ids(model: nn.Module, ids: object) -> None:
             than the number of learned positions. On a GPU the model would fail with a device-side
             assert, after which the process cannot use the GPU any more.
     """
-    if not isinstance(model, PreTrainedModel) or not isinstance(ids, Tensor):
+    get_embeddings: Any = getattr(model, "get_input_embeddings", None)
+    if not callable(get_embeddings) or not isinstance(ids, Tensor):
         return
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
         return
-    embeddings: object = model.get_input_embeddings()
-    count = getattr(embeddings, "num_embeddings", None)
+    count = getattr(get_embeddings(), "num_embeddings", None)
     if isinstance(count, int) and (largest := int(ids.max())) >= count:
         raise ValueError(
             f"the data has token id {largest}, and {type(model).__name__} has {count} embeddings: "
@@ -39,9 +40,11 @@ def check_input_ids(model: nn.Module, ids: object) -> None:
         )
 
 
-def num_positions(model: PreTrainedModel) -> int | None:
+def num_positions(model: nn.Module) -> int | None:
     """Return the number of learned positions; ``None`` for positions that are computed."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text_config, "max_position_embeddings", None)
     learned = [
         module.num_embeddings
         for module, name in module_names(model).items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 COMPILED = "_orig_mod"
@@ -27,7 +26,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         True
     """
     while True:
-        if isinstance(model, FullyShardedDataParallel):
+        if type(model).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 "FullyShardedDataParallel flattens the weights: shard the model with fully_shard "
                 "(FSDP2), or prune it before it is wrapped"
