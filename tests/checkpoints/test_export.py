@@ -116,9 +116,7 @@ def test_a_disk_without_space_is_found_before_the_run(tmp_path):
 
 def test_unfinished_checkpoints_of_killed_runs_are_named(tmp_path):
     (tmp_path / ".first.partial").mkdir()
-    with pytest.warns(
-        PruningWarning, match=r"first\.partial is the unfinished checkpoint"
-    ):
+    with pytest.warns(PruningWarning, match=r"first\.partial is the unfinished checkpoint"):
         check_destination(tmp_path / "second")
     check_destination(tmp_path / "first")  # cleaned up when it is written
     save_checkpoint(tmp_path / "first", build("llama"), None, {}, {})

@@ -20,6 +20,7 @@ HELP = """usage: symprune COMMAND ...
 
   prune     evaluate a model, prune it, evaluate it again, write the checkpoint
   compare   several recipes on the same model and tokens
+  data      the sequences that a recipe would feed to the model
   eval      tasks of lm-evaluation-harness on the dense and on the pruned model
   verify    verify a checkpoint against its manifest
   apply     zero the weights of a dense model by stored masks
@@ -69,6 +70,20 @@ def _compare(arguments: list[str]) -> None:
     failed = [f"{result.name}: {result.failure}" for result in results if result.failure]
     if failed:
         raise SweepError("; ".join(["some recipes failed", *failed]))
+
+
+def _data(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="symprune data",
+        description="Print sizes, hashes and the first sequence of each split of a recipe's data. "
+        "The model is not loaded.",
+        epilog="Options are those of `symprune prune`, such as --config and --data.dataset.",
+        allow_abbrev=False,
+    )
+    _, rest = parser.parse_known_args(arguments)
+    from symprune_lightning.cli.data import print_data
+
+    print_data(rest)
 
 
 def _eval(arguments: list[str]) -> None:
@@ -124,6 +139,7 @@ def _lightning(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
+    "data": _data,
     "eval": _eval,
     "verify": _verify,
     "apply": _apply,
