@@ -446,7 +446,7 @@ class BatchDataModule(CalibrationDataModule):
             tensors, or more than 30 % of the evaluation batches are calibration batches too.
 
     Examples:
-        >>> batches = [{"pixel_values": torch.zeros(2, 3, 8, 8)} for _ in range(4)]
+        >>> batches = [{"pixel_values": torch.randn(2, 3, 8, 8)} for _ in range(4)]
         >>> data = BatchDataModule(batches[:3], evaluation=batches[3:])
         >>> next(iter(data.calibration_dataloader()))["pixel_values"].shape
         torch.Size([2, 3, 8, 8])

@@ -26,7 +26,10 @@ def write(folder: Path, **changes: object) -> None:
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path):
     data = CalibrationDataModule(
-        [list(range(16))] * 8, sequences=2, sequence_length=16, evaluation_sequences=2
+        [[i * j % 64 for i in range(16)] for j in range(1, 9)],
+        sequences=2,
+        sequence_length=16,
+        evaluation_sequences=2,
     )
     model = build("llama")
     result = prune_model(model, data.calibration_dataloader(), allocation="progression")

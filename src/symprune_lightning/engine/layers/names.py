@@ -50,6 +50,7 @@ def module_names(model: nn.Module) -> dict[nn.Module, str]:
     model with and without them.
 
     Examples:
+        >>> import torch
         >>> model = nn.Sequential(torch.compile(nn.Linear(2, 2)))
         >>> list(module_names(model).values())
         ['', '0', '0']
