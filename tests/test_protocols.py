@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 
-from symprune_lightning import CalibrationDataModule, CausalLMModule, Trainer
+from symprune_lightning import CalibrationDataModule, CausalLMModule, PruningWarning, Trainer
 from symprune_lightning.protocols import C4, PTB, WikiText2, WindowProtocol
 from tests.models import build
 from tests.texts import WORDS, tokenizer
@@ -47,8 +47,8 @@ def c4(folder: Path) -> Path:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         with gzip.open(path, "wt") as file:
-            for i in range(120):
-                text = words(1000 * seed + i, 1 + (37 * i) % 90)
+            for i in range(1300):
+                text = words(10_000 * seed + i, 1 + (37 * i) % 90)
                 row = {"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": f"http://{i}"}
                 file.write(json.dumps(row) + "\n")
     return folder
@@ -117,7 +117,12 @@ def test_c4(tmp_path, encoder):
 
 def test_ptb(tmp_path, encoder):
     folder = ptb(tmp_path)
-    _, evaluation = windows(PTB(str(folder)), encoder)
+    calibration, evaluation = windows(PTB(str(folder)), encoder)
+    rows = datasets.load_dataset("parquet", data_dir=str(folder), data_files="train.parquet")
+    train = encoder(" ".join(rows["train"]["sentence"])).input_ids
+    starts = random.Random(3)
+    begin = starts.randint(0, len(train) - LENGTH - 1)
+    assert calibration[0] == train[begin : begin + LENGTH]
     rows = datasets.load_dataset("parquet", data_dir=str(folder), data_files="test.parquet")
     assert evaluation == in_order(encoder(" ".join(rows["train"]["sentence"])).input_ids)
 
@@ -125,7 +130,8 @@ def test_ptb(tmp_path, encoder):
 def test_the_first_windows(tmp_path):
     protocol = WikiText2(str(wikitext(tmp_path)))
     _, every = windows(protocol, tokenizer())
-    _, first = windows(protocol, tokenizer(), evaluation_sequences=3)
+    with pytest.warns(PruningWarning, match="of which the first 3 are evaluated"):
+        _, first = windows(protocol, tokenizer(), evaluation_sequences=3)
     assert first == every[:3]
     with pytest.raises(ValueError, match="is too short: it has"):
         windows(protocol, tokenizer(), evaluation_sequences=1000)
@@ -154,11 +160,21 @@ def test_perplexity_equals_that_of_the_plain_loop(tmp_path):
 
 
 def test_protocols_by_name():
-    for name, kind in (("wikitext2", WikiText2), ("c4", C4), ("ptb", PTB)):
+    for name, kind in (("wikitext2", WikiText2), ("c4", C4)):
         data = CalibrationDataModule(name, tokenizer())
         assert isinstance(data.dataset, kind)
     with pytest.raises(ValueError, match="has calibration and evaluation windows only"):
         CalibrationDataModule("c4", tokenizer(), training_sequences=2)
+
+
+def test_a_clone_of_the_repository(tmp_path):
+    """It has a folder for each configuration, and a README that names them."""
+    for name in ("wikitext-2-raw-v1", "wikitext-103-v1"):
+        (tmp_path / name).mkdir()
+        wikitext(tmp_path / name)
+    (tmp_path / "README.md").write_text("---\nconfigs: []\n---\n")
+    cloned = windows(WikiText2(str(tmp_path)), tokenizer())
+    assert cloned == windows(WikiText2(str(tmp_path / "wikitext-2-raw-v1")), tokenizer())
 
 
 def test_documents_that_are_all_too_short(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from symprune_lightning import CalibrationDataModule, TextSource
-from symprune_lightning.protocols import C4, PROTOCOLS
+from symprune_lightning.protocols import C4, PROTOCOLS, PTB
 from symprune_lightning.sources import source_from_settings, source_settings
 from symprune_lightning.texts import TextReader
 from tests.texts import texts, tokenizer
@@ -93,6 +93,10 @@ def test_sources(tmp_path, name):
         ),
         ([[{"role": "user", "content": "w1"}]] * 9, "chats, and the tokenizer has no chat templ"),
         ([[0.5, 0.25]], "holds a list of float, and no text"),
+        ([b"text"], "row 0 of the dataset has a bytes in column 'text'"),
+        ([7, 8], "has a int in column 'text': pass texts"),
+        ({"text": texts()}, "the dataset is a dict: pass an iterable"),
+        ([None, ""], r"only 0 are available; .*2 of 2 rows of the dataset have no text"),
         (datasets.Dataset.from_dict({"body": texts()}), "no column 'text'; its columns are: body"),
     ],
 )
@@ -115,6 +119,18 @@ def test_chats_are_formatted_by_the_template_of_the_tokenizer(tmp_path):
     assert any(row[:16] == ids for row in texts_with_template)
 
 
+def test_chats_have_their_special_tokens_once():
+    template = tokenizer(bos=True)
+    template.chat_template = "<s> {% for m in messages %}{{ m['content'] }} </s> {% endfor %}"
+    chats = [[{"role": "user", "content": text}] for text in texts()]
+    data = CalibrationDataModule(chats, template, **SIZES)
+    data.setup()
+    ids = torch.cat([b["input_ids"] for b in data.calibration_dataloader()])
+    assert (ids[:, 0] == 1).all()
+    assert not (ids[:, 1:] == 1).any()
+    assert not ((ids[:, 1:] == 2) & (ids[:, :-1] == 2)).any()
+
+
 def test_a_stream_is_read_no_further_than_needed():
     read = []
 
@@ -131,6 +147,7 @@ def test_settings_describe_every_source():
     sources = [
         "python-docs",
         TextSource("a.csv", joiner="\n", streaming=True),
+        PTB("/ptb"),
         {"a": "wikitext2", "b": TextSource("b")},
         C4(path="/c4"),
         *PROTOCOLS.values(),

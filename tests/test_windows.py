@@ -93,17 +93,26 @@ def test_texts_that_are_evaluated_at_another_position_are_refused():
 
 def test_training_texts_are_not_evaluated():
     generator = random.Random(0)
-    rows = [[generator.randrange(4, 64) for _ in range(80)] for _ in range(4)]
+    rows = [[generator.randrange(4, 64) for _ in range(80)] for _ in range(5)]
+    first, *others = (rows[i] for i in order_of(5))
     data = CalibrationDataModule(
         rows,
         sequences=1,
         sequence_length=80,
-        evaluation=rows[::-1],
-        evaluation_sequences=3,
-        training_sequences=3,
+        evaluation=iter(others),
+        evaluation_sequences=4,
+        training_sequences=4,
     )
-    with pytest.raises(ValueError, match="of the tokens for evaluation are also used"):
+    assert first not in others
+    with pytest.raises(ValueError, match="of the tokens for evaluation are also used for training"):
         data.setup()
+
+
+def order_of(count: int) -> list[int]:
+    """Return the order in which texts are taken with seed 0."""
+    order = list(range(count))
+    random.Random(0).shuffle(order)
+    return order
 
 
 def test_duplicates_within_a_dataset_are_refused():
@@ -114,18 +123,35 @@ def test_duplicates_within_a_dataset_are_refused():
         data.setup()
 
 
+def test_short_texts_in_another_order_are_refused():
+    generator = random.Random(0)
+    rows = [" ".join(generator.choices(WORDS[4:], k=50)) for _ in range(60)]
+    for encoder in (tokenizer(), tokenizer(bos=True)):
+        data = CalibrationDataModule(
+            rows,
+            encoder,
+            sequences=90,
+            sequence_length=32,
+            evaluation=rows[::-1],
+            evaluation_sequences=20,
+        )
+        with pytest.raises(ValueError, match="of the tokens for evaluation are also used"):
+            data.setup()
+
+
 def test_a_little_overlap_is_named():
     generator = random.Random(0)
     rows = [[generator.randrange(4, 64) for _ in range(400)] for _ in range(20)]
-    evaluation = [rows[0], *([generator.randrange(4, 64) for _ in range(400)] for _ in range(5))]
+    others = [[generator.randrange(4, 64) for _ in range(400)] for _ in range(4)]
+    evaluation = [rows[0], *others]
     data = CalibrationDataModule(
         rows,
         sequences=20,
         sequence_length=400,
         evaluation=(row for row in evaluation),
-        evaluation_sequences=6,
+        evaluation_sequences=5,
     )
-    with pytest.warns(PruningWarning, match="14% of the tokens for evaluation are also used for"):
+    with pytest.warns(PruningWarning, match="19% of the tokens for evaluation are also used for"):
         data.setup()
 
 
@@ -134,7 +160,7 @@ def test_overlap_is_the_share_of_runs():
     others = torch.randint(0, 1000, (4, 100), generator=torch.Generator().manual_seed(1))
     assert overlap(ids, others) == 0
     others[0] = ids[2]
-    assert overlap(ids, others) == pytest.approx((100 - 64 + 1) / (400 - 64 + 1))
+    assert overlap(ids, others) == pytest.approx((100 - 32 + 1) / (400 - 32 + 1))
 
 
 # rows that are no documents
@@ -160,8 +186,13 @@ def test_lines_of_documents_are_refused_and_can_be_joined(tmp_path):
     data.setup()
     ids = torch.cat([b["input_ids"] for b in data.calibration_dataloader()]).flatten()
     assert tokenizer().eos_token_id not in ids
-    expected = tokenizer()("\n\n".join(lines))["input_ids"][:32]
-    assert ids.tolist() == expected
+    joined = tokenizer()("\n\n".join(lines))["input_ids"]
+    assert ids.tolist() == joined[:32]
+    # without other texts, the splits are successive parts of the joined text
+    data = CalibrationDataModule(source, tokenizer(), **{**sizes, "sequences": 1})
+    data.setup()
+    ids = torch.cat([b["input_ids"] for b in data.val_dataloader()]).flatten()
+    assert ids.tolist() == joined[16:48]
 
 
 def test_rows_without_text_are_skipped_and_named(tmp_path):

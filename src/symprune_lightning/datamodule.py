@@ -29,7 +29,7 @@ from symprune_lightning.module import pruning_target
 from symprune_lightning.protocols import PROTOCOLS, WindowProtocol
 from symprune_lightning.self_text import SELF, SelfText, sample_sequences
 from symprune_lightning.sources import Evaluation, source_settings
-from symprune_lightning.texts import TextReader, Texts
+from symprune_lightning.texts import TextReader, Texts, TextSource
 from symprune_lightning.windows import MAX_OVERLAP, check_overlap, pack, text_prefix
 
 MIN_TEXT_LENGTH = 20
@@ -49,7 +49,7 @@ class CalibrationDataModule(LightningDataModule):
     a split is full. Every sequence begins with the tokens that the tokenizer puts in front of a
     text: models that were trained with a beginning-of-sequence token need it. No text is in more
     than one of the splits ``"calibration"``, ``"evaluation"`` and ``"training"``, and evaluation
-    texts that share more than 30 % of their tokens with another split, in runs of 64, are
+    texts that share more than 30 % of their tokens with another split, in runs of 32, are
     refused. The same texts, tokenizer, sizes and seed give the same tokens, which can be checked
     with ``hashes``.
 
@@ -98,7 +98,7 @@ class CalibrationDataModule(LightningDataModule):
 
     def __init__(
         self,
-        dataset: SelfText | WindowProtocol | Texts,
+        dataset: TextSource | SelfText | WindowProtocol | Texts,
         tokenizer: Tokenizer | str | None = None,
         *,
         sequences: int = 128,
@@ -134,6 +134,11 @@ class CalibrationDataModule(LightningDataModule):
             dataset = SelfText()
         if isinstance(dataset, str):
             dataset = PROTOCOLS.get(dataset, dataset)
+        if isinstance(dataset, SelfText | WindowProtocol) and add_bos is not None:
+            raise ValueError(
+                f"add_bos={add_bos} has no effect on {type(dataset).__name__}, which has its own "
+                f"rule: use add_bos=None"
+            )
         if isinstance(dataset, WindowProtocol) and training_sequences:
             raise ValueError(
                 f"{type(dataset).__name__} has calibration and evaluation windows only: use "
@@ -193,7 +198,8 @@ class CalibrationDataModule(LightningDataModule):
             splits |= {split: self._evaluation_windows(split, source, reader)}
         if self.training_sequences and reader is not None:
             splits["training"] = reader.pack(self.training_sequences, "training")
-        check_overlap(splits, EVALUATION)
+        skipped = 0 if reader is None else reader.prefix_length
+        check_overlap({name: ids[:, skipped:] for name, ids in splits.items()}, EVALUATION)
         self._splits = splits
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -325,8 +331,8 @@ class CalibrationDataModule(LightningDataModule):
         assert reader is not None, "checked by __init__"
         if self.evaluation_sequences is None:
             raise ValueError(
-                "evaluation_sequences=None takes all windows of a protocol, such as "
-                "evaluation='wikitext2'; pass a number for other texts"
+                f"evaluation_sequences=None takes all windows of a protocol, and {split} is none: "
+                f"pass a number"
             )
         return reader.pack(self.evaluation_sequences, split)
 
@@ -357,19 +363,33 @@ class _Reader:
         self._texts = TextReader(source, data.seed, name)
         self._ids = iter(self._tokenized())
         self._is_text = False
+        self.prefix_length = 0
+        self._remaining: list[int] = []
         self._lengths: list[int] = []
 
     def pack(self, count: int, split: str) -> Tensor:
         """Return the next ``count`` windows, ``(count, sequence_length)``."""
         first = next(self._ids, None)  # tells whether the source has texts or token ids
         ids = self._ids if first is None else chain([first], self._ids)
-        prefix: list[int] = []
-        if self._data.tokenizer is not None and (self._is_text or self._data.add_bos):
-            prefix = text_prefix(self._data.tokenizer, self._data.add_bos)
-        windows = pack(ids, count, self._data.sequence_length, prefix, split)
+        if self._remaining:  # of a joined text, which all splits are parts of
+            ids = chain([self._remaining], ids)
+        prefix = self._prefix()
+        try:
+            windows, rest = pack(ids, count, self._data.sequence_length, prefix, split)
+        except ValueError as error:
+            raise ValueError(f"{error} ({self._texts.describe_skipped()})") from None
+        self._remaining = rest if self._texts.is_joined else []
         self._texts.report_skipped()
         self._report_short_texts()
         return windows
+
+    def _prefix(self) -> list[int]:
+        """Return the tokens that every window begins with."""
+        if not self._is_text and not self._data.add_bos:
+            return []
+        tokens = text_prefix(self._data._required_tokenizer, self._data.add_bos)
+        self.prefix_length = len(tokens)
+        return tokens
 
     def _report_short_texts(self) -> None:
         """Warn once if end-of-sequence tokens are many, as they are if rows are lines."""
@@ -399,8 +419,7 @@ class _Reader:
                     f"{self._texts.name} holds chats, and the tokenizer has no chat template: set "
                     f"tokenizer.chat_template, or use a column of texts"
                 )
-            chat = [dict(message) for message in text]
-            text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+            return self._encode_chat([dict(message) for message in text])
         # verbose=False: no warning about texts longer than the context; they are split anyway
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         eos = tokenizer.eos_token_id
@@ -408,6 +427,22 @@ class _Reader:
             return ids
         self._lengths.append(len(ids))
         return [*ids, eos]
+
+    def _encode_chat(self, chat: list[dict[str, Any]]) -> list[int]:
+        """Return the token ids of a chat, without the tokens that are added to every text."""
+        tokenizer = self._data._required_tokenizer
+        try:
+            text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+        except Exception as error:  # raised by the template
+            raise ValueError(
+                f"the chat template refuses a chat of {self._texts.name}: {error}"
+            ) from error
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        prefix, eos = text_prefix(tokenizer, self._data.add_bos), tokenizer.eos_token_id
+        if prefix and ids[: len(prefix)] == prefix:
+            ids = ids[len(prefix) :]
+        # templates end a turn by it, and may add a newline
+        return ids if eos is None or eos in ids[-2:] else [*ids, eos]
 
     def _token_ids(self, ids: Sequence[Any]) -> list[int]:
         try:

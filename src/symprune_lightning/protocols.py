@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ import datasets
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from symprune_lightning.errors import PruningWarning
+
+NUM_VALIDATION = 1100
+"""Documents of C4 that are evaluated."""
 
 MAX_DRAWS = 1000
 """Documents that are drawn in a row without one that is longer than a window."""
@@ -49,6 +55,8 @@ class WindowProtocol(ABC):
     def rows(self, split: str) -> Any:
         """Return the rows of a split."""
         folder = Path(self.path).expanduser()
+        if self.name is not None and (folder / self.name).is_dir():
+            folder = folder / self.name  # a clone of the repository, with several configurations
         if folder.is_dir():
             return datasets.load_dataset(str(folder), split=split, data_files=self.files(folder))
         return datasets.load_dataset(self.path, self.name, split=split, data_files=self.files(None))
@@ -85,7 +93,7 @@ class JoinedProtocol(WindowProtocol):
     ) -> Tensor:
         """Return windows at random positions of the training split."""
         ids = encode(tokenizer, self.calibration_joiner.join(self.texts("train")))
-        _check_length(self.path, len(ids), length + 2)
+        _check_length(self.path, len(ids), length + 1)
         generator = random.Random(seed)
         starts = [generator.randint(0, len(ids) - length - 1) for _ in range(count)]
         return torch.stack([ids[start : start + length] for start in starts])
@@ -101,8 +109,8 @@ class WikiText2(JoinedProtocol):
     r"""WikiText-2 as in the code of Wanda (arXiv 2306.11695), SparseGPT and GPTQ.
 
     Evaluation: the rows of the test split joined by two newlines, encoded as one text, consecutive
-    windows. Calibration, as in Wanda: the rows of the training split joined by a space, windows at
-    random positions (SparseGPT and GPTQ join by two newlines: ``calibration_joiner="\n\n"``).
+    windows. Calibration, as in Wanda and SparseGPT: the rows of the training split joined by a
+    space, windows at random positions (GPTQ: ``calibration_joiner="\n\n"``).
     """
 
     path: str = "Salesforce/wikitext"
@@ -111,10 +119,12 @@ class WikiText2(JoinedProtocol):
 
 @dataclass(frozen=True)
 class PTB(JoinedProtocol):
-    """Penn Treebank as in the code of SparseGPT (arXiv 2301.00774): sentences joined by a space."""
+    """Penn Treebank as in the code of SparseGPT (arXiv 2301.00774): sentences joined by a space.
 
-    path: str = "ptb-text-only/ptb_text_only"
-    name: str | None = "penn_treebank"
+    Needs a folder with files of the splits, since the data set of the hub is a script, which
+    ``datasets`` does not run any more.
+    """
+
     column: str = "sentence"
     evaluation_joiner: str = " "
 
@@ -135,7 +145,6 @@ class C4(WindowProtocol):
     path: str = "allenai/c4"
     train_file: str = "en/c4-train.00000-of-01024.json.gz"
     validation_file: str = "en/c4-validation.00000-of-00008.json.gz"
-    num_validation: int = field(default=1100, init=False)
 
     def files(self, folder: Path | None) -> Mapping[str, str]:
         """Return one file for each split."""
@@ -156,7 +165,7 @@ class C4(WindowProtocol):
 
     def evaluation_windows(self, tokenizer: Tokenizer, count: int | None, length: int) -> Tensor:
         """Return consecutive windows of the first validation documents."""
-        texts = self.texts("validation")[: self.num_validation]
+        texts = self.texts("validation")[:NUM_VALIDATION]
         ids = encode(tokenizer, " ".join(texts))[: 256 * length]
         return consecutive(self.path, ids, count, length)
 
@@ -173,8 +182,8 @@ class C4(WindowProtocol):
         )
 
 
-PROTOCOLS: Mapping[str, WindowProtocol] = {"wikitext2": WikiText2(), "c4": C4(), "ptb": PTB()}
-"""Protocols by name."""
+PROTOCOLS: Mapping[str, WindowProtocol] = {"wikitext2": WikiText2(), "c4": C4()}
+"""Protocols of data sets of the hub by name."""
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Tensor:
@@ -188,6 +197,13 @@ def consecutive(name: str, ids: Tensor, count: int | None, length: int) -> Tenso
     available = len(ids) // length
     if count is None:
         count = available
+    elif count < available:
+        warnings.warn(
+            f"{name} has {available} windows of {length} tokens, of which the first {count} are "
+            f"evaluated; publications evaluate all (evaluation_sequences=None)",
+            PruningWarning,
+            stacklevel=4,
+        )
     _check_length(name, len(ids), max(count, 1) * length)
     return ids[: count * length].view(count, length)
 

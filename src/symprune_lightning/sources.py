@@ -8,7 +8,7 @@ from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
-from symprune_lightning.protocols import PROTOCOLS, WindowProtocol
+from symprune_lightning.protocols import C4, PROTOCOLS, PTB, WikiText2, WindowProtocol
 from symprune_lightning.self_text import SELF, SelfText
 from symprune_lightning.texts import Texts, TextSource
 
@@ -46,9 +46,9 @@ def source_from_settings(settings: Any) -> Any:
         return {name: source_from_settings(part) for name, part in settings["sets"].items()}
     if SELF in settings:
         return SelfText(settings[SELF]["temperature"], tuple(settings[SELF]["prefixes"]))
-    for protocol in PROTOCOLS.values():
-        if type(protocol).__name__ in settings:
-            arguments = dict(settings[type(protocol).__name__])
-            arguments.pop("num_validation", None)
-            return type(protocol)(**arguments)
+    for protocol in (WikiText2, C4, PTB):
+        if protocol.__name__ in settings:
+            return protocol(**settings[protocol.__name__])
+    if "path" not in settings:
+        raise ValueError(f"it was evaluated on {', '.join(settings)}, which is not of this package")
     return TextSource(**settings)

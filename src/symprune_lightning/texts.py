@@ -6,7 +6,8 @@ import os
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isnan
 from os import PathLike
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -31,6 +32,12 @@ SHUFFLE_BUFFER = 1000
 
 MAX_EMPTY = 0.1
 """Share of empty rows above which the rows are lines, and no documents."""
+
+NUM_JUDGED = 200
+"""Rows from which that is judged."""
+
+MIN_JUDGED = 20
+"""Number of rows below which it is not judged."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class TextSource:
         options: dict[str, Any] = {}
         if file_format == "text":
             options["sample_by"] = "paragraph"
-        if ".tsv" in path.name.lower():
+        if ".tsv" in _suffixes(path):
             options["sep"] = "\t"
         return datasets.load_dataset(
             file_format,
@@ -115,48 +122,69 @@ class TextReader:
             source = list(topics.values())
         if isinstance(source, str | PathLike):
             source = TextSource(os.fspath(source))
-        self.name, self.column, self._joiner = name, "text", None
-        self._rows: Any = source
-        if isinstance(source, TextSource):
-            self.name, self.column, self._joiner = source.path, source.column, source.joiner
-            self._rows = source.load()
-        self._rows = self._texts_of(self._rows)
+        self.name, self.column = name, "text"
+        self._source = source if isinstance(source, TextSource) else None
+        if self._source is not None:
+            self.name, self.column = self._source.path, self._source.column
+        self.is_joined = self._source is not None and self._source.joiner is not None
+        self._is_column = False
+        self._rows = self._texts_of(source if self._source is None else self._source.load())
         self._num_read = 0
-        self._num_empty = 0
         self._skipped: list[int] = []
+        if isinstance(self._rows, Sequence) and not self.is_joined:
+            self._check_documents([self._text_of(i, x) for i, x in self._first_rows()])
 
     def __iter__(self) -> Iterator[Any]:
-        if self._joiner is not None:
-            yield self._joiner.join(text for text in self._rows if text is not None)
+        if self._source is not None and self._source.joiner is not None:
+            rows = (self._text_of(i, row) for i, row in enumerate(self._rows))
+            yield self._source.joiner.join(self._line(i, x) for i, x in enumerate(rows))
             return
         for number, text in self._shuffled():
             self._num_read += 1
-            if text is None or len(text) == 0:
-                self._num_empty += text is not None
+            if text is None or is_blank(text):
                 self._skipped.append(number)
             else:
                 yield text
 
     def report_skipped(self) -> None:
-        """Warn about the rows that were skipped.
-
-        Raises:
-            ValueError: So many are empty that the rows are lines, and no documents.
-        """
-        if not self._skipped:
-            return
-        count, number = len(self._skipped), min(self._skipped)
-        if self._num_empty > MAX_EMPTY * self._num_read:
-            raise ValueError(
-                f"{self._num_empty} of {self._num_read} rows of {self.name} are empty, so its rows "
-                f"are lines and no documents: join them to one text, TextSource({self.name!r}, "
-                f"joiner='\\n\\n')"
+        """Warn once about the rows that were skipped."""
+        if self._skipped:
+            warnings.warn(
+                f"{self.describe_skipped()}, such as row {min(self._skipped)}",
+                PruningWarning,
+                stacklevel=2,
             )
-        warnings.warn(
-            f"{count} of {self._num_read} rows of {self.name} have no text in column "
-            f"{self.column!r} and were skipped, such as row {number}",
-            PruningWarning,
-            stacklevel=2,
+            self._skipped.clear()
+
+    def describe_skipped(self) -> str:
+        """Return how many of the rows that were read have no text."""
+        return (
+            f"{len(self._skipped)} of {self._num_read} rows of {self.name} have no text in column "
+            f"{self.column!r} and were skipped"
+        )
+
+    def _first_rows(self) -> Iterator[tuple[int, Any]]:
+        yield from ((i, self._rows[i]) for i in range(min(NUM_JUDGED, len(self._rows))))
+
+    def _check_documents(self, texts: Sequence[Any]) -> None:
+        """Refuse rows that are lines of documents: many of them are empty."""
+        empty = sum(text is not None and is_blank(text) for text in texts)
+        if len(texts) < MIN_JUDGED or empty <= MAX_EMPTY * len(texts):
+            return
+        advice = "join the rows before passing them"
+        if self._source is not None:
+            advice = f"join them to one text, {replace(self._source, joiner=chr(10) * 2)}"
+        raise ValueError(
+            f"{empty} of the first {len(texts)} rows of {self.name} are empty, so its rows are "
+            f"lines and no documents: {advice}"
+        )
+
+    def _line(self, number: int, text: Any) -> str:
+        if text is None or isinstance(text, str):
+            return text or ""
+        raise ValueError(
+            f"row {number} of {self.name} has a {type(text).__name__} in column "
+            f"{self.column!r}, and only texts can be joined"
         )
 
     def _texts_of(self, rows: Any) -> Any:
@@ -167,6 +195,11 @@ class TextReader:
                 f"{self.name} has the splits {splits}: pass one of them, such as "
                 f"dataset[{next(iter(rows))!r}]"
             )
+        if isinstance(rows, Mapping | bytes):
+            raise ValueError(
+                f"{self.name} is a {type(rows).__name__}: pass an iterable of texts, of token ids "
+                f"or of rows"
+            )
         if not isinstance(rows, datasets.Dataset | datasets.IterableDataset):
             return rows
         columns = rows.column_names
@@ -174,35 +207,57 @@ class TextReader:
             raise ValueError(
                 f"{self.name} has no column {self.column!r}; its columns are: {', '.join(columns)}"
             )
-        if isinstance(rows, datasets.IterableDataset):
-            return rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
-        return rows[self.column]
+        if isinstance(rows, datasets.Dataset):
+            self._is_column = True
+            return rows[self.column]
+        if self.is_joined:
+            return rows
+        return rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
 
     def _shuffled(self) -> Iterator[tuple[int, Any]]:
         """Yield texts and the numbers of their rows."""
         rows = self._rows
         # a stream may be endless, and shuffling would have to read all of it
         if not isinstance(rows, Sequence):
-            yield from ((i, self._text_of(row)) for i, row in enumerate(rows))
+            yield from ((i, self._text_of(i, row)) for i, row in enumerate(rows))
             return
         order = list(range(len(rows)))
         random.Random(self.seed).shuffle(order)
-        yield from ((i, self._text_of(rows[i])) for i in order)
+        yield from ((i, self._text_of(i, rows[i])) for i in order)
 
-    def _text_of(self, row: Any) -> Any:
-        if not isinstance(row, Mapping):
-            return row
-        if self.column not in row:
+    def _text_of(self, number: int, row: Any) -> Any:
+        """Return the text, the token ids or the chat of a row; ``None`` if it has none."""
+        if isinstance(row, Mapping) and not self._is_column:
+            if self.column not in row:
+                raise ValueError(
+                    f"the rows of {self.name} have no column {self.column!r}; their columns are: "
+                    f"{', '.join(map(str, row))}"
+                )
+            row = row[self.column]
+        is_missing = row is None or (isinstance(row, float) and isnan(row))  # of pandas
+        if is_missing or isinstance(row, str):
+            return None if is_missing else row
+        if isinstance(row, bytes | Mapping) or not hasattr(row, "__len__"):
             raise ValueError(
-                f"the rows of {self.name} have no column {self.column!r}; their columns are: "
-                f"{', '.join(map(str, row))}"
+                f"row {number} of {self.name} has a {type(row).__name__} in column "
+                f"{self.column!r}: pass texts, lists of token ids, or chats (lists of messages)"
             )
-        return row[self.column]
+        return row
+
+
+def is_blank(text: Any) -> bool:
+    """Return whether a text has only white space, or a list no entries."""
+    return not text.strip() if isinstance(text, str) else len(text) == 0
+
+
+def _suffixes(path: Path) -> list[str]:
+    """Return the last suffix of a file in lower case, without that of a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1:]
 
 
 def _file_format(path: Path) -> str | None:
     """Return the builder of ``datasets`` that reads a file; ``None`` for a folder or a hub name."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return FORMATS.get(suffixes[-1]) if suffixes else None
+    return next((FORMATS.get(suffix) for suffix in _suffixes(path)), None)

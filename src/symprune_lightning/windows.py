@@ -11,11 +11,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.errors import PruningWarning
 
-OVERLAP_WINDOW = 64
-"""Tokens in a row that two splits must share to overlap there, if they have so many."""
-
-MIN_OVERLAP_WINDOW = 32
-"""Number of tokens of a split below which overlap is not looked for."""
+OVERLAP_WINDOW = 32
+"""Tokens in a row that two splits must share to overlap there."""
 
 MAX_OVERLAP = 0.3
 """Share of evaluation tokens in calibration or training texts above which they are refused.
@@ -26,7 +23,7 @@ Texts of one source repeat passages: those of the Python manual share a tenth.
 MIN_DISTINCT = 4
 """Distinct tokens of a run below which it holds no text: unknown tokens, rulers, empty lines."""
 
-NAMED_OVERLAP = 0.1
+NAMED_OVERLAP = 0.15
 """Share above which a warning says so."""
 
 
@@ -42,8 +39,11 @@ def text_prefix(tokenizer: Tokenizer, add_bos: bool | None) -> list[int]:
         ValueError: ``add_bos`` is ``True``, and the tokenizer has no such token.
     """
     if add_bos is None:
+        # a letter, or what the tokenizer makes of nothing if it has no letters
         plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        ids: list[int] = tokenizer("a")["input_ids"]
+        ids: list[int] = tokenizer("a" if plain else "")["input_ids"]
+        if not plain:
+            return [i for i in ids[:1] if i == tokenizer.bos_token_id]
         starts = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
         return ids[: next(starts, 0)]
     if not add_bos:
@@ -57,8 +57,8 @@ def text_prefix(tokenizer: Tokenizer, add_bos: bool | None) -> list[int]:
 
 def pack(
     texts: Iterator[Sequence[int]], count: int, length: int, prefix: Sequence[int], split: str
-) -> Tensor:
-    """Concatenate texts until windows are full; drop the rest of the last text.
+) -> tuple[Tensor, list[int]]:
+    """Concatenate texts until windows are full.
 
     Args:
         texts: Token ids of each text.
@@ -68,7 +68,7 @@ def pack(
         split: Name of the split in messages.
 
     Returns:
-        Token ids, shape ``(count, length)``.
+        Token ids, shape ``(count, length)``; and the rest of the last text.
 
     Raises:
         ValueError: The texts are too short, or the prefix leaves no room.
@@ -86,7 +86,7 @@ def pack(
         if len(ids) >= required:
             rows = torch.tensor(ids[:required]).view(count, size)
             start = torch.tensor(list(prefix), dtype=rows.dtype).expand(count, -1)
-            return torch.cat([start, rows], 1)
+            return torch.cat([start, rows], 1), ids[required:]
     raise ValueError(
         f"the texts for {split} are too short: {count} sequences of {length} tokens need "
         f"{required:,} tokens, but only {len(ids):,} are available; use fewer or shorter "
@@ -98,7 +98,8 @@ def check_overlap(splits: Mapping[str, Tensor], evaluation: str) -> None:
     """Refuse or name evaluation tokens that are in the calibration or training split too.
 
     Args:
-        splits: Token ids by split, ``(windows, length)`` each.
+        splits: Token ids by split, ``(windows, length)`` each, without the tokens that every window
+            begins with.
         evaluation: Prefix of the names of the evaluation splits.
 
     Raises:
@@ -122,23 +123,22 @@ def check_overlap(splits: Mapping[str, Tensor], evaluation: str) -> None:
 
 
 def overlap(ids: Tensor, others: Tensor) -> float:
-    """Return the share of the runs of 64 tokens of a split that another split contains.
+    """Return the share of the runs of 32 tokens of a split that another split contains.
 
-    Of shorter runs, if a split has fewer tokens; 0 if it has fewer than 32.
+    0 if a split has fewer tokens.
     """
-    length = min(ids.numel(), others.numel(), OVERLAP_WINDOW)
-    if length < MIN_OVERLAP_WINDOW:
+    if min(ids.numel(), others.numel()) < OVERLAP_WINDOW:
         return 0.0
-    runs = _runs(ids, length)
-    common = torch.isin(_hashes(runs), _hashes(_runs(others, length)))
+    runs = _runs(ids)
+    common = torch.isin(_hashes(runs), _hashes(_runs(others)))
     sorted_runs = runs[common].sort(1).values
     num_distinct = 1 + (sorted_runs[:, 1:] != sorted_runs[:, :-1]).sum(1)
     return float((num_distinct >= MIN_DISTINCT).sum()) / len(runs)
 
 
-def _runs(ids: Tensor, length: int) -> Tensor:
-    """Return every run of ``length`` tokens, ``(runs, length)``, without a copy."""
-    return ids.flatten().long().unfold(0, length, 1)
+def _runs(ids: Tensor) -> Tensor:
+    """Return every run of ``OVERLAP_WINDOW`` tokens, ``(runs, OVERLAP_WINDOW)``."""
+    return ids.flatten().long().unfold(0, OVERLAP_WINDOW, 1)
 
 
 def _hashes(runs: Tensor) -> Tensor:
