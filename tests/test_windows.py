@@ -7,9 +7,17 @@ import warnings
 
 import pytest
 import torch
+import transformers as tf
 from lightning.pytorch import seed_everything
 
-from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune, TextSource, Trainer
+from symprune_lightning import (
+    CalibrationDataModule,
+    CausalLMModule,
+    SymPrune,
+    TextSource,
+    Trainer,
+    prune_model,
+)
 from symprune_lightning.errors import PruningWarning
 from symprune_lightning.windows import overlap, text_prefix
 from tests.models import build, gpt2, llama
@@ -228,8 +236,6 @@ def test_ids_without_an_embedding():
 
 
 def test_batches_of_the_user_are_checked_too():
-    from symprune_lightning import prune_model
-
     model = build("gpt2")
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match="has learned 128 positions"):
@@ -237,6 +243,32 @@ def test_batches_of_the_user_are_checked_too():
     with pytest.raises(ValueError, match="token id 64, and GPT2LMHeadModel has 64 embeddings"):
         prune_model(model, [{"input_ids": torch.full((1, 8), 64)}])
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_positions_of_roberta_begin_after_padding():
+    config = tf.XLMRobertaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=18,
+        is_decoder=True,
+    )
+    model = tf.XLMRobertaForCausalLM(config)
+    prune_model(model, [{"input_ids": torch.full((1, 16), 5)}])
+    with pytest.raises(ValueError, match="has learned 16 positions"):
+        prune_model(model, [{"input_ids": torch.full((1, 17), 5)}])
+
+
+def test_a_model_without_common_embeddings_is_not_checked():
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "projection_dim": 16}
+    vision = {**text, "image_size": 8, "patch_size": 4} | heads
+    vision.pop("vocab_size")
+    config = tf.CLIPConfig(text_config=text | heads, vision_config=vision, projection_dim=16)
+    batch = {"input_ids": torch.full((2, 8), 5), "pixel_values": torch.randn(2, 3, 8, 8)}
+    assert prune_model(tf.CLIPModel(config), [batch]).sparsity == 0.5
 
 
 def run(model, data):

@@ -41,7 +41,7 @@ def source_from_settings(settings: Any) -> Any:
     if not isinstance(settings, Mapping):
         return settings
     if "iterable" in settings:
-        raise ValueError("it was evaluated on data in memory, which is not stored")
+        raise ValueError("it was pruned or evaluated on data in memory, which is not stored")
     if "sets" in settings:
         return {name: source_from_settings(part) for name, part in settings["sets"].items()}
     if SELF in settings:

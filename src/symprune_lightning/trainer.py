@@ -28,11 +28,16 @@ from symprune_lightning.callbacks.pruning import (
     pruning_hooks,
 )
 from symprune_lightning.callbacks.recovery import recovery_callbacks, recovery_checkpoint
-from symprune_lightning.checkpoints.export import check_destination, save_checkpoint
+from symprune_lightning.checkpoints.export import (
+    check_destination,
+    name_unfinished,
+    save_checkpoint,
+)
 from symprune_lightning.checkpoints.manifest import build_manifest
 from symprune_lightning.checkpoints.masks import hash_masks
 from symprune_lightning.checkpoints.pretrained import local_folder
 from symprune_lightning.checkpoints.streaming import StreamedCheckpoint
+from symprune_lightning.checkpoints.weight_files import weight_files
 from symprune_lightning.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import hidden_sibling
@@ -217,8 +222,8 @@ class Trainer(pl.Trainer):
         if distillation is not None:
             distillation.check_data(self, datamodule)
         if output is not None:
-            check_destination(output, _checkpoint_size(model))
-            if not isinstance(model, TransformersModule):
+            name_unfinished(check_destination(output, _checkpoint_size(model)))
+            if not isinstance(model, TransformersModule) or model.model is not None:
                 _transformers_model(model)
         with (
             self._with_callbacks(all_callbacks),
@@ -438,8 +443,13 @@ def _checkpoint_size(module: LightningModule) -> int:
     """Return the size of a checkpoint's weights and masks in bytes; 0 if it is not known yet."""
     if isinstance(module, TransformersModule) and module.model is None:
         folder = local_folder(module.pretrained)
-        files = () if folder is None else folder.glob("*.safetensors")
-        return sum(file.stat().st_size for file in files)
+        if folder is None or module.dtype_name != "auto":
+            return 0
+        try:
+            names = set(weight_files(folder).values())
+        except OSError:  # reported when the model is loaded
+            return 0
+        return sum((folder / name).stat().st_size for name in names)
     parameters = list(pruning_target(module).parameters())
     return sum(p.numel() * p.element_size() + p.numel() // 8 for p in parameters)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -714,4 +715,45 @@ def test_weights_that_are_replaced_after_all_hooks_are_reported():
             module(),
             datamodule=data(),
             callbacks=[sparse(), MaskedFinetuning(), Late()],
+        )
+
+
+def test_a_dense_teacher_of_another_callback_stays_dense():
+    class Teacher(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.teacher = module()
+
+    teacher = Teacher()
+    trainer(max_steps=2).fit(
+        module(), datamodule=data(), callbacks=[teacher, sparse(), MaskedFinetuning()]
+    )
+    assert (teacher.teacher.prunable_model.model.layers[0].mlp.up_proj.weight != 0).all()
+
+
+def test_one_callback_in_two_fits(tmp_path):
+    """The second fit does not resume from a checkpoint, and so prunes."""
+    again = module()
+    first = trainer(max_steps=2, callbacks=[sparse(), MaskedFinetuning()])
+    first.fit(module(), datamodule=data())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    callback = sparse()
+    trainer(max_steps=3).fit(
+        module(),
+        datamodule=data(),
+        ckpt_path=tmp_path / "first.ckpt",
+        callbacks=[callback, MaskedFinetuning()],
+    )
+    assert callback.result is None
+    trainer(max_steps=2).fit(again, datamodule=data(), callbacks=[callback, MaskedFinetuning()])
+    assert callback.result.is_applied_to(again.prunable_model)
+
+
+def test_a_fit_that_is_resumed_at_its_end_says_nothing(tmp_path):
+    first = trainer(max_steps=2, callbacks=[sparse(), MaskedFinetuning()])
+    first.fit(module(), datamodule=data())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PruningWarning)
+        trainer(max_steps=2, callbacks=[sparse(), MaskedFinetuning()]).fit(
+            module(), datamodule=data(), ckpt_path=tmp_path / "first.ckpt"
         )

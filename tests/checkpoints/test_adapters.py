@@ -203,20 +203,39 @@ def test_adapters_that_cannot_be_merged_are_named():
         merge_adapters(adapted)
 
 
-def test_a_trained_copy_of_a_pruned_layer_keeps_its_zeros():
+@pytest.mark.parametrize("replaced", ["up_proj", "mlp"])
+def test_a_trained_copy_of_a_pruned_layer_keeps_its_zeros(replaced):
     model, result = pruned()
     config = LoraConfig(
-        target_modules=["q_proj"], modules_to_save=["up_proj"], task_type="CAUSAL_LM"
+        target_modules=["q_proj"], modules_to_save=[replaced], task_type="CAUSAL_LM"
     )
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
-    trained = adapted.base_model.model.model.layers[0].mlp.up_proj.modules_to_save["default"].weight
+    (trained,) = [
+        parameter
+        for key, parameter in adapted.named_parameters()
+        if "layers.0" in key and "up_proj" in key and "modules_to_save" in key
+    ]
     merged, _ = merge_adapters(adapted)
     assert result.is_applied_to(merged)
     mask = result.masks["model.layers.0.mlp.up_proj"]
     assert torch.equal(merged.model.layers[0].mlp.up_proj.weight[mask], trained[mask])
+
+
+def test_an_untrained_adapter_is_merged_without_a_loss():
+    model, result = pruned()
+    merged, lost = merge_adapters(get_peft_model(model, adapter("q_proj")))
+    assert set(lost.values()) == {0.0}
+    assert result.is_applied_to(merged)
+
+
+def test_prompts_cannot_be_merged():
+    model, _ = pruned()
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="changes no weights, as a prompt does not"):
+        merge_adapters(get_peft_model(model, config))
 
 
 def test_models_that_cannot_be_merged():

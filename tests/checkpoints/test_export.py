@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,7 +27,11 @@ from symprune_lightning import (
     load_masks,
     prune_model,
 )
-from symprune_lightning.checkpoints.export import check_destination, save_checkpoint
+from symprune_lightning.checkpoints.export import (
+    check_destination,
+    name_unfinished,
+    save_checkpoint,
+)
 from symprune_lightning.checkpoints.manifest import MANIFEST, read_manifest
 from tests.groups import run_group
 from tests.models import LANGUAGE, batches, build
@@ -117,10 +122,33 @@ def test_a_disk_without_space_is_found_before_the_run(tmp_path):
 def test_unfinished_checkpoints_of_killed_runs_are_named(tmp_path):
     (tmp_path / ".first.partial").mkdir()
     with pytest.warns(PruningWarning, match=r"first\.partial is the unfinished checkpoint"):
-        check_destination(tmp_path / "second")
-    check_destination(tmp_path / "first")  # cleaned up when it is written
+        name_unfinished(check_destination(tmp_path / "second"))
+    name_unfinished(tmp_path / "first")  # cleaned up when it is written
     save_checkpoint(tmp_path / "first", build("llama"), None, {}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_a_compiled_model_is_written_by_its_plain_names(tmp_path):
+    model = build("llama")
+    result = prune_model(model, batches(), score="wanda")
+    for i, block in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(block, backend="eager")
+    export_model(torch.compile(model, backend="eager"), tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert result.is_applied_to(loaded)
+    assert read_manifest(tmp_path / "out")["architecture"] == "LlamaForCausalLM"
+
+
+def test_adapters_are_merged_before_a_model_is_written(tmp_path):
+    model = build("llama")
+    prune_model(model, batches(), score="wanda")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="merge the adapters first"):
+        export_model(adapted, tmp_path / "out")
+    with pytest.raises(TypeError, match="output= writes transformers models, and PeftModel"):
+        Trainer(accelerator="cpu", logger=False).prune(
+            CausalLMModule(adapted), output=str(tmp_path / "out"), callbacks=SymPrune()
+        )
 
 
 def test_a_failed_rename_restores_the_earlier_checkpoint(tmp_path, monkeypatch):

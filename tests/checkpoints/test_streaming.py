@@ -261,6 +261,18 @@ def test_sources_that_cannot_be_streamed(tmp_path):
         StreamedCheckpoint(tmp_path / "body", tmp_path / "sparse")
 
 
+def test_a_layer_of_zeros_has_no_mask(tmp_path):
+    model = build("llama")
+    torch.nn.init.zeros_(model.model.layers[0].mlp.down_proj.weight)
+    model.save_pretrained(tmp_path / "dense")
+    with StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse") as checkpoint:
+        with pytest.warns(PruningWarning, match="are all zero, and were left alone"):
+            result = prune_model(checkpoint.model, batches(), score="wanda", placement=checkpoint)
+        checkpoint.save({"sparsity": result.sparsity})
+    assert result.all_zero == ["model.layers.0.mlp.down_proj"]
+    assert load_masks(tmp_path / "sparse").keys() == result.masks.keys()
+
+
 def test_a_quantised_checkpoint_is_refused(tmp_path):
     build("llama").save_pretrained(tmp_path / "dense")
     path = tmp_path / "dense" / "config.json"

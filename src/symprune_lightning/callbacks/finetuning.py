@@ -231,7 +231,9 @@ class MaskedFinetuning(Callback, PruningHooks):
     @torch.no_grad()
     def _zero_weights(self) -> None:
         for parameter, pruned in self._zero_masks:
-            local_tensor(parameter).masked_fill_(pruned, 0)
+            local = local_tensor(parameter)
+            # Lightning moves the model to the CPU before on_fit_end
+            local.masked_fill_(pruned.to(local.device), 0)
 
 
 def prunes_gradually(trainer: Trainer) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -26,14 +27,17 @@ def trainer_callbacks(trainer: Trainer) -> list[Callback]:
 
 
 def weight_copies(trainer: Trainer, module: LightningModule) -> Iterator[LightningModule]:
-    """Yield the copies of a module that callbacks keep, such as averages of its weights."""
+    """Yield the averages of a module's weights that callbacks keep.
+
+    Those of Lightning's callbacks, and every ``AveragedModel``; other copies may be dense teachers.
+    """
     for callback in trainer_callbacks(trainer):
-        for value in vars(callback).values():
-            if not isinstance(value, nn.Module):
-                continue
-            for copy in (value, getattr(value, "module", None)):  # torch's AveragedModel
-                if isinstance(copy, type(module)) and copy is not module:
-                    yield copy
+        for key, value in vars(callback).items():
+            average = value.module if isinstance(value, AveragedModel) else None
+            if key == "_average_model" and average is None:  # StochasticWeightAveraging
+                average = value
+            if isinstance(average, type(module)):
+                yield average
 
 
 def model_name(module: LightningModule) -> str:

@@ -219,8 +219,8 @@ class PruningCallback(Callback, PruningHooks, ABC):
         """
         refuse_strategies(self, trainer)
         self._is_done = False
-        if stage == "fit":
-            self._last_step = -1  # before the state of a checkpoint is restored
+        if stage == "fit":  # before the state of a checkpoint is restored
+            self._last_step, self._resumed = -1, False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn if the call has not pruned as ``when`` says, or if the zeros are lost.
@@ -229,7 +229,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
         ``MaskedFinetuning`` trains pruned weights again.
         """
         own = "fit" if isinstance(self.when, CubicSchedule) else self.when.partition("_")[0]
-        if stage == own and not self._is_done:
+        if stage == own and not self._is_done and not self._resumed:
             warn(
                 f"{type(self).__name__}(when={self.when!r}) pruned nothing in this {own}: no "
                 f"batch was run (an empty loader, or a limit of 0 batches)"
@@ -255,12 +255,12 @@ class PruningCallback(Callback, PruningHooks, ABC):
         """
         in_fit = isinstance(self.when, CubicSchedule) or self.when == "fit_start"
         keeps_zeros = any(isinstance(c, MaskedFinetuning) for c in trainer_callbacks(trainer))
-        if in_fit and not keeps_zeros:
+        is_adapted = hasattr(pruning_target(pl_module), "peft_config")  # its weights are frozen
+        if in_fit and not keeps_zeros and not is_adapted:
             warn(
                 f"{type(self).__name__}(when={self.when!r}) prunes a model that is then trained, "
                 f"which makes pruned weights nonzero again: add MaskedFinetuning() to the callbacks"
             )
-        self._is_done = self._is_done or self._resumed
         if not self._resumed:
             self._maybe_prune("fit_start", trainer, pl_module)
 
@@ -270,8 +270,8 @@ class PruningCallback(Callback, PruningHooks, ABC):
         """Prune further, if the schedule says so before the next optimizer step."""
         step = trainer.global_step
         if isinstance(self.when, CubicSchedule) and self.when.is_due(step, self._last_step):
-            self._last_step = step
             self.run_pruning(trainer, pl_module, self.when.fraction(step))
+            self._last_step = step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune after the last training step.

@@ -32,10 +32,16 @@ def merge_adapters(model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
     Raises:
         TypeError: The model is no ``PeftModel``.
         ValueError: No adapter is on a layer with zeros: use peft's ``merge_and_unload``. Or an
-            adapter cannot be merged; nothing has changed.
+            adapter is of a class that cannot be merged. Nothing has changed then; an error of
+            peft's own, such as for weights that are not finite, leaves some adapters merged.
     """
     peft_model: Any = model  # peft is no dependency
-    if not callable(getattr(model, "merge_and_unload", None)):
+    if hasattr(model, "peft_config") and not _has_method(model, "merge_and_unload"):
+        raise ValueError(
+            f"the adapter of this {type(model).__name__} changes no weights, as a prompt does not: "
+            f"it cannot be merged"
+        )
+    if not _has_method(model, "merge_and_unload"):
         raise TypeError(f"{type(model).__name__} is no PeftModel: it has no adapters to merge")
     names = module_names(model)
     adapters = {module: name for module, name in names.items() if is_adapted(module)}
@@ -45,12 +51,17 @@ def merge_adapters(model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
                 f"the adapter of {name}, a {type(module).__module__}.{type(module).__name__}, "
                 f"cannot be merged into a weight: keep it in the PeftModel"
             )
-    sparse = {layer: mask for layer in all_layers(model) if not (mask := layer.matrix() != 0).all()}
+    sparse: dict[Layer, Tensor] = {}
+    for layer in all_layers(model):
+        mask = layer.matrix() != 0
+        if mask.any() and not mask.all():  # a layer of zeros is not pruned, but not trained yet
+            sparse[layer] = mask
+    inside = {child for module in adapters for child in module.modules()}
+    if not any(layer.module in inside for layer in sparse):
+        raise ValueError("no adapter is on a layer with zeros: use merge_and_unload of peft")
     lost: dict[str, float] = {}
     for module in adapters:
         lost |= _merge(module, sparse)
-    if not lost:
-        raise ValueError("no adapter is on a layer with zeros: use merge_and_unload of peft")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
         base: nn.Module = peft_model.merge_and_unload(safe_merge=True)
@@ -72,16 +83,25 @@ def _merge(adapter: Any, sparse: Mapping[Layer, Tensor]) -> dict[str, float]:
     lost: dict[str, float] = {}
     for layer, weight in before.items():
         change = (layer.matrix() - weight).float().square()
-        total = float(change.sum())
-        if total > 0:  # an adapter of another parameter of the same module leaves it as it is
+        # an adapter of packed experts is of one of their parameters
+        if getattr(adapter, "parameter_name", layer.parameter_name) == layer.parameter_name:
+            total = float(change.sum().clamp_min(1e-30))
             lost[layer.name] = float(change[~sparse[layer]].sum()) / total
             layer.mask_(sparse[layer])
     return lost
 
 
+def _has_method(model: nn.Module, name: str) -> bool:
+    return callable(getattr(model, name, None))
+
+
 def _mask_replaced(base: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Zero the pruned weights of layers that peft has replaced by trained copies."""
+    replaced = {
+        name.replace(".original_module", ""): mask
+        for name, mask in masks.items()
+        if ".original_module" in name
+    }
     for layer in all_layers(base):
-        mask = masks.get(f"{layer.name}.original_module")
-        if mask is not None:
-            layer.mask_(mask)
+        if layer.name in replaced:
+            layer.mask_(replaced[layer.name])

@@ -28,6 +28,7 @@ from symprune_lightning.engine.coverage import record_coverage
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import PARTIAL, atomic_directory, hidden_sibling
+from symprune_lightning.engine.layers.names import COMPILED, unwrapped
 from symprune_lightning.engine.result import LayerReport, PruneResult
 from symprune_lightning.errors import PruningWarning
 from symprune_lightning.functional.packing import PackedMasks
@@ -76,11 +77,10 @@ def check_destination(output: str | Path, size: int = 0) -> Path:
             f"a checkpoint of {size / 1e9:.1f} GB does not fit on the disk of {path.parent}, which "
             f"has {free / 1e9:.1f} GB left: choose another folder"
         )
-    _name_unfinished(path)
     return path
 
 
-def _name_unfinished(path: Path) -> None:
+def name_unfinished(path: Path) -> None:
     """Warn about unfinished checkpoints of other runs in the same folder."""
     own = hidden_sibling(path, PARTIAL)
     for folder in path.parent.glob(f".*.{PARTIAL}"):
@@ -122,6 +122,7 @@ def save_checkpoint(
         OSError: See ``check_destination``; or the disk is full, and nothing has changed.
     """
     path = check_destination(output)
+    model, state = _plain(model, state)
     largest = _largest_file(str(manifest.get("model", "")))
     with atomic_directory(path) as tmp:
         try:
@@ -166,6 +167,7 @@ def export_model(
 
     Raises:
         ValueError: No layer has zeros.
+        TypeError: The model has adapters that are not merged.
         OSError: See ``save_checkpoint``.
 
     Examples:
@@ -180,6 +182,7 @@ def export_model(
         >>> sorted(file.name for file in path.iterdir())[:3]
         ['README.md', 'config.json', 'generation_config.json']
     """
+    model, _ = _plain(model, None)
     masks = infer_masks(model)
     if not masks:
         raise ValueError(f"no layer of {type(model).__name__} has zeros: prune it first")
@@ -197,6 +200,30 @@ def export_model(
         save_checkpoint(output, model, tokenizer, manifest, masks, state)
     communicator.barrier()
     return Path(output).expanduser().resolve()
+
+
+def _plain(
+    model: Any, state: Mapping[str, Tensor] | None
+) -> tuple[PreTrainedModel, Mapping[str, Tensor] | None]:
+    """Return the model that wrappers hold, and its weights by their plain names.
+
+    Raises:
+        TypeError: The model is no model of transformers, or has adapters that are not merged.
+    """
+    plain: Any = unwrapped(model)
+    if hasattr(plain, "get_base_model"):
+        raise TypeError(
+            "a PeftModel is written without its base weights: merge the adapters first, "
+            "merge_adapters(model)"
+        )
+    if not isinstance(plain, PreTrainedModel):
+        raise TypeError(f"{type(plain).__name__} is no model of transformers, which can be written")
+    wrapper = f"{COMPILED}."
+    if state is None and any(wrapper in key for key, _ in plain.named_parameters()):
+        state = plain.state_dict()
+    if state is not None:
+        state = {key.replace(wrapper, ""): value for key, value in state.items()}
+    return plain, state
 
 
 def _result_of(masks: PackedMasks) -> PruneResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from symprune_lightning.checkpoints.weight_files import (
 )
 from symprune_lightning.engine.files import atomic_directory
 from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.changes import LayerChange
 from symprune_lightning.engine.layers.find import all_layers
 from symprune_lightning.engine.layers.select import decoder_blocks
 from symprune_lightning.engine.placement import WeightPlacement
@@ -115,6 +116,7 @@ class StreamedCheckpoint(WeightPlacement):
         self._layers_of: dict[nn.Module, list[Layer]] = {}
         self._skipped_head: nn.Module | None = None
         self._written: dict[str, str] = {}
+        self._pruned: set[str] = set()
         self._conversion = CheckpointConversion(model, self._source, self._files)
         self._check_blocks()
 
@@ -153,9 +155,15 @@ class StreamedCheckpoint(WeightPlacement):
         # often the largest tensor of the model, and no pruned layer follows it
         self._skipped_head = None if head in self._layers_of else head
         self._written.clear()
+        self._pruned.clear()
         for module in self._outside:
             if module is not self._skipped_head:
                 self._load(module, self._names[module], recurse=False)
+
+    def record_change(self, module: nn.Module, change: Callable[[], None]) -> None:
+        """Record which layers are pruned; layers of zeros are left alone."""
+        if isinstance(change, LayerChange):
+            self._pruned.add(change.layer.name)
 
     def load_block(self, block: nn.Module) -> None:
         """Read a block."""
@@ -207,7 +215,8 @@ class StreamedCheckpoint(WeightPlacement):
         }
         (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         names = [layer.name for layers in self._layers_of.values() for layer in layers]
-        write_manifest(self._folder, {**manifest, **stored_tensors(self.model, names)})
+        pruned = [name for name in names if name in self._pruned]
+        write_manifest(self._folder, {**manifest, **stored_tensors(self.model, pruned)})
         self._saved = True
 
     def _load(self, module: nn.Module, name: str, *, recurse: bool) -> None:
@@ -244,8 +253,7 @@ class StreamedCheckpoint(WeightPlacement):
         masks = PackedMasks()
         for module in modules:
             for layer in self._layers_of.get(module, ()):
-                mask = layer.matrix() != 0
-                if not mask.all():
+                if layer.name in self._pruned and not (mask := layer.matrix() != 0).all():
                     masks.add(layer.name, mask)
         if masks:
             save_masks(self._folder / FOLDER / f"masks-{number:05}.safetensors", masks)

@@ -172,7 +172,8 @@ class PruningRun:
     def _report_unreached(self) -> None:
         """Name the layers that were measured on no token, or on few."""
         # every layer that was measured has an error
-        if all(report.error is None for report in self.result.layers):
+        measured = [report for report in self.result.layers if report.error is not None]
+        if not measured and not self.result.all_zero:
             raise ValueError(
                 f"none of the {len(self.plan.layers)} prunable layers, such as "
                 f"{self.plan.layers[0].name}, was called during calibration: does `forward` run "
@@ -248,6 +249,8 @@ class PruningRun:
         trained = [self._is_trained(*pair) for pair in zip(layers, weights, strict=True)]
         layers, statistics = list(compress(layers, trained)), list(compress(statistics, trained))
         weights = list(compress(weights, trained))
+        if not layers:
+            return
         slices: list[RowSlice] = []
         error = None
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
-from symprune_lightning.engine.forward.inputs import check_input_ids
+from symprune_lightning.engine.forward.inputs import check_batch
 from symprune_lightning.engine.placement import WeightPlacement
 
 Forward = Callable[[nn.Module, Any], object]
@@ -45,7 +45,7 @@ class Calibration:
 def call_model(model: nn.Module, batch: Any) -> object:
     """Call a model: mappings as keyword arguments, tuples and lists as positional ones."""
     if isinstance(batch, Mapping):
-        check_input_ids(model, batch.get("input_ids"))
+        check_batch(model, batch)
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from symprune_lightning.engine.layers.names import module_names
+
+TEXT_INPUTS = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"}
+"""Arguments of a model that is given nothing but text."""
 
 
 def check_input_ids(model: nn.Module, ids: object) -> None:
@@ -21,13 +26,17 @@ def check_input_ids(model: nn.Module, ids: object) -> None:
             than the number of learned positions. On a GPU the model would fail with a device-side
             assert, after which the process cannot use the GPU any more.
     """
-    get_embeddings: Any = getattr(model, "get_input_embeddings", None)
-    if not callable(get_embeddings) or not isinstance(ids, Tensor):
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
         return
-    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
+    embeddings = _embeddings(model)
+    # subclasses, and models of several modalities, may have embeddings of their own for some ids
+    if type(embeddings) is not nn.Embedding or ids.is_floating_point():
         return
-    count = getattr(get_embeddings(), "num_embeddings", None)
-    if isinstance(count, int) and (largest := int(ids.max())) >= count:
+    smallest, largest = torch.stack(ids.aminmax()).tolist()
+    count = embeddings.num_embeddings
+    if smallest < 0:
+        raise ValueError(f"the data has token id {smallest}: ids begin at 0")
+    if largest >= count:
         raise ValueError(
             f"the data has token id {largest}, and {type(model).__name__} has {count} embeddings: "
             f"is the tokenizer that of another model?"
@@ -40,20 +49,33 @@ def check_input_ids(model: nn.Module, ids: object) -> None:
         )
 
 
+def check_batch(model: nn.Module, batch: Mapping[str, object]) -> None:
+    """Check the token ids of a batch that holds nothing but text."""
+    if batch.keys() <= TEXT_INPUTS:
+        check_input_ids(model, batch.get("input_ids"))
+
+
+def _embeddings(model: nn.Module) -> object:
+    try:
+        get_embeddings: Any = getattr(model, "get_input_embeddings", None)
+        return get_embeddings() if callable(get_embeddings) else None
+    except (AttributeError, NotImplementedError):  # a model without them, such as CLIP
+        return None
+
+
 def num_positions(model: nn.Module) -> int | None:
     """Return the number of learned positions; ``None`` for positions that are computed."""
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text_config, "max_position_embeddings", None)
-    learned = [
-        module.num_embeddings
-        for module, name in module_names(model).items()
-        if isinstance(module, nn.Embedding) and is_position_embedding(name)
-    ]
-    # some have a few rows more than positions, such as OPT
-    if not learned or not isinstance(limit, int):
-        return None
-    return limit if any(limit <= count <= limit + 8 for count in learned) else None
+    for module, name in module_names(model).items():
+        if not isinstance(module, nn.Embedding) or not is_position_embedding(name):
+            continue
+        # some have a few rows more than positions, such as OPT
+        if isinstance(limit, int) and limit <= module.num_embeddings <= limit + 8:
+            # RoBERTa counts from the position after that of padding
+            return limit if module.padding_idx is None else limit - module.padding_idx - 1
+    return None
 
 
 def is_position_embedding(name: str) -> bool:

@@ -27,6 +27,12 @@ def _autocast(device: str) -> list[Accessor]:
     ]
 
 
+def _stream() -> Any:
+    """Return the current stream of the current CUDA device; ``None`` without one."""
+    is_initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.current_stream() if is_initialized else None
+
+
 _cuda, _cudnn, _mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
 
 MODES: list[Accessor] = [
@@ -61,6 +67,9 @@ MODES: list[Accessor] = [
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
     *(_attribute(_cudnn, name) for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
     *(_attribute(_mkldnn, name) for name in ("enabled", "deterministic")),
+    # flags of dispatch modes, which a mode restores in the order of exits
+    *(_attribute(dispatch, name) for name in dir(dispatch) if name.startswith("_is_in_")),
+    (_stream, torch.cuda.set_stream),  # and the device that it is on
 ]
 """Modes that hold one value each."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 
 from symprune_lightning.engine.layers.base import Layer, group_by_module
-from symprune_lightning.engine.layers.names import is_adapted
+from symprune_lightning.engine.layers.names import is_adapted, is_replaced
 
 OUTPUT_PROJECTION = "output projection"
 ROUTER = "router"
@@ -69,6 +69,8 @@ def _adapters(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
             base = getattr(module, "base_layer", None)
             kept = set() if base is None else set(base.modules())
             yield from (child for child in module.modules() if child not in kept)
+        if is_replaced(module):  # the model calls the copy
+            yield from module.original_module.modules()  # type: ignore[union-attr]
 
 
 def _patch_embeddings(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:

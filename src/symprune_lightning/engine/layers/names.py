@@ -55,22 +55,40 @@ def module_names(model: nn.Module) -> dict[nn.Module, str]:
         >>> list(module_names(model).values())
         ['', '0', '0']
     """
-    model = unwrapped(model)
-    base_model: Any = getattr(model, "get_base_model", None)  # a PeftModel
-    if callable(base_model) and hasattr(model, "peft_config"):
-        model = base_model()
     names: dict[nn.Module, str] = {}
 
     def visit(module: nn.Module, name: str) -> None:
         if module in names:
             return
         names[module] = name
+        inner = _wrapped(module)
+        if inner is not None:
+            visit(inner, name)
         for key, child in module.named_children():
-            is_wrapped = key == COMPILED or (key == ADAPTED and is_adapted(module))
-            visit(child, name if is_wrapped else f"{name}.{key}".lstrip("."))
+            visit(child, f"{name}.{key}".lstrip("."))
 
     visit(model, "")
     return names
+
+
+def _wrapped(wrapper: nn.Module) -> nn.Module | None:
+    """Return the module inside that bears the name of its wrapper."""
+    module: Any = wrapper
+    inside: nn.Module | None = None
+    if (plain := unwrapped(wrapper)) is not wrapper:
+        inside = plain
+    elif is_adapted(wrapper):
+        inside = module._modules.get(ADAPTED)
+    elif callable(getattr(module, "get_base_model", None)) and hasattr(module, "peft_config"):
+        inside = module.get_base_model()
+    elif is_replaced(wrapper) and module.active_adapters:
+        inside = module.modules_to_save[module.active_adapters[0]]
+    return inside
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Return whether peft has replaced a module by a trained copy of it."""
+    return type(module).__name__ == "ModulesToSaveWrapper"
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -165,12 +164,14 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
 
 def _check_not_quantised(model: nn.Module) -> None:
     """Refuse a model whose matrices are stored in modules of a quantisation library."""
-    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+    configs = (getattr(module, "config", None) for module in model.modules())
+    if all(getattr(config, "quantization_config", None) is None for config in configs):
         return
     for module, name in module_names(model).items():
-        for key, tensor in chain(
-            module.named_parameters("", False), module.named_buffers("", False)
-        ):
+        tensors = [*module.named_parameters("", False), *module.named_buffers("", False)]
+        if any(x.dtype in FLOATING_DTYPES and x.dim() > 1 for _, x in tensors):
+            continue  # its integers are indices
+        for key, tensor in tensors:
             if tensor.dtype in QUANTISED_DTYPES and tensor.dim() > 1:
                 raise ValueError(
                     f"the model is quantised: {name}.{key} holds {tensor.dtype}; prune the model "
@@ -186,7 +187,7 @@ def _check_weight(layer: Layer, *, allow_meta: bool) -> None:
         )
     weight = layer.parameter
     # Tensors of quantisation libraries (quanto, torchao) state a floating dtype, and ignore writes.
-    # Other subclasses are read back after they are written, see `LayerChange`.
+    # Other subclasses are read back after they are written, see `_check_zeros`.
     if getattr(type(weight), "dequantize", None) not in (Tensor.dequantize, None):
         raise ValueError(
             f"layer {layer.name} holds a {type(weight).__name__}, which is quantised: prune the "
