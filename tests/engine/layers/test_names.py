@@ -113,3 +113,34 @@ def test_flattened_weights_are_refused(gloo_group):
 def test_a_wrapper_of_a_plain_module_is_itself():
     model = build("llama")
     assert unwrapped(model) is model
+
+
+class Holder(nn.Module):
+    """A module that holds a wrapped model, as a LightningModule does."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, **batch: Any) -> object:
+        return self.net(**batch)
+
+
+@pytest.mark.parametrize("name", ["PeftModel", "DataParallel", "Fabric", "compile"])
+def test_a_wrapper_inside_a_module(name):
+    expected = prune_model(Holder(build("llama")), batches("llama"), score="wanda")
+    holder = Holder(WRAPPERS[name](build("llama")))
+    result = prune_model(holder, batches("llama"), score="wanda")
+    assert list(result.masks) == list(expected.masks)
+    assert next(iter(result.masks)) == "net.model.layers.0.self_attn.q_proj"
+    assert all(torch.equal(result.masks[k], mask) for k, mask in expected.masks.items())
+
+
+def test_a_trained_copy_has_the_name_of_the_layer():
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["up_proj"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(build("llama"), config)
+    result = prune_model(model, batches("llama"), score="wanda")
+    assert set(result.masks) == set(prune_model(build("llama"), batches("llama")).masks)
+    assert not result.unreached
