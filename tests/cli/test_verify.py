@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from symprune_lightning.cli.verify import print_checks, verify
 from symprune_lightning.errors import VerificationError
 from tests.cli.commands import small
 from tests.models import LANGUAGE, VOCABULARY, batches, build
-from tests.texts import texts, tokenizer
+from tests.texts import WORDS, texts, tokenizer
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -58,12 +59,18 @@ def write(folder: Path, evaluation: Any = None, **options: Any) -> Path:
 
 
 def test_several_evaluation_sets(tmp_path, capsys):
-    (tmp_path / "more.txt").write_text("\n\n".join(texts()[10:]))
-    several = {name: str(tmp_path / f"{name}.txt") for name in ("texts", "more")}
+    several = {name: str(tmp_path / f"{name}.txt") for name in ("some", "more")}
+    for seed, path in enumerate(several.values()):
+        Path(path).write_text(random_texts(seed))
     written = write(tmp_path, evaluation=several)
     assert outcomes(written)["perplexity"] is True
-    (tmp_path / "more.txt").write_text("\n\n".join(texts()[:10]))
+    Path(several["more"]).write_text(random_texts(2))
     assert outcomes(written)["perplexity"] is None
+
+
+def random_texts(seed: int) -> str:
+    generator = random.Random(seed)
+    return "\n\n".join(" ".join(generator.choices(WORDS[4:], k=30)) for _ in range(40))
 
 
 @pytest.fixture(scope="module")
