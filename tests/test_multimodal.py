@@ -28,14 +28,8 @@ from symprune_lightning.cli.verify import verify
 from tests.groups import run_trainers
 from tests.models import DECODER, VOCABULARY, batches, build
 from tests.texts import texts, tokenizer
+from tests.trainers import TRAINER
 
-TRAINER: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 IMAGE_TOKEN = VOCABULARY
 """Id of the token that follows those of the tokenizer."""
 

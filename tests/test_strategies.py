@@ -14,14 +14,8 @@ from transformers import AutoModelForCausalLM
 from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune, Trainer
 from tests.groups import run_trainers
 from tests.models import VOCABULARY, build
+from tests.trainers import TRAINER
 
-TRAINER: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 STRATEGIES = {
     "ddp2": (2, "ddp"),
     "ddp3": (3, "ddp"),

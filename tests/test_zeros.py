@@ -32,14 +32,8 @@ from symprune_lightning.callbacks.progress import summary
 from tests.groups import run_trainers
 from tests.models import VOCABULARY, batches, build
 from tests.pretended.runs import methods
+from tests.trainers import TRAINER
 
-TRAINER: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 METHODS = {
     **methods(),
     "GradientWanda": {"score": "gradientwanda", "group": "layer"},

@@ -10,6 +10,7 @@ import operator
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from statistics import mean
 from typing import Any
@@ -57,7 +58,7 @@ class CalibrationDataModule(LightningDataModule):
         dataset: ``"python-docs"`` (the reference manual of the Python standard library, available
             offline; 113 thousand tokens with a vocabulary of 49 thousand), a hub dataset, a local
             folder or text file, a ``TextSource``, or an iterable of texts, of lists of token ids,
-            or of rows with a column ``"text"``; ``"wikitext2"``, ``"c4"``, ``"ptb"`` or another
+            or of rows with a column ``"text"``; ``"wikitext2"``, ``"c4"`` or another
             ``WindowProtocol`` of publications; or ``"self"`` or a ``SelfText``, sampled from the
             model that is pruned (for calibration and training; needs ``evaluation``).
         tokenizer: A tokenizer, or a model name as in ``CausalLMModule``. Not needed for token ids.
@@ -373,7 +374,8 @@ class _Reader:
         ids = self._ids if first is None else chain([first], self._ids)
         if self._remaining:  # of a joined text, which all splits are parts of
             ids = chain([self._remaining], ids)
-        prefix = self._prefix()
+        prefix = self._prefix if self._is_text or self._data.add_bos else []
+        self.prefix_length = len(prefix)
         try:
             windows, rest = pack(ids, count, self._data.sequence_length, prefix, split)
         except ValueError as error:
@@ -383,13 +385,10 @@ class _Reader:
         self._report_short_texts()
         return windows
 
+    @cached_property
     def _prefix(self) -> list[int]:
-        """Return the tokens that every window begins with."""
-        if not self._is_text and not self._data.add_bos:
-            return []
-        tokens = text_prefix(self._data._required_tokenizer, self._data.add_bos)
-        self.prefix_length = len(tokens)
-        return tokens
+        """The tokens that every window of texts begins with."""
+        return text_prefix(self._data._required_tokenizer, self._data.add_bos)
 
     def _report_short_texts(self) -> None:
         """Warn once if end-of-sequence tokens are many, as they are if rows are lines."""
@@ -405,24 +404,23 @@ class _Reader:
 
     def _tokenized(self) -> Iterator[Sequence[int]]:
         for text in self._texts:
-            if isinstance(text, str) or isinstance(text[0], Mapping):
-                self._is_text = True
+            self._is_text = isinstance(text, str) or isinstance(text[0], Mapping)
+            if isinstance(text, str):
                 yield self._encode(text)
+            elif self._is_text:
+                yield self._encode_chat([dict(message) for message in text])
             else:
                 yield self._token_ids(text)
 
-    def _encode(self, text: str | Sequence[Mapping[str, Any]]) -> list[int]:
+    def _ids_of(self, text: str) -> list[int]:
         tokenizer = self._data._required_tokenizer
-        if not isinstance(text, str):
-            if tokenizer.chat_template is None:
-                raise ValueError(
-                    f"{self._texts.name} holds chats, and the tokenizer has no chat template: set "
-                    f"tokenizer.chat_template, or use a column of texts"
-                )
-            return self._encode_chat([dict(message) for message in text])
         # verbose=False: no warning about texts longer than the context; they are split anyway
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        eos = tokenizer.eos_token_id
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, ended by the end-of-sequence token if there is one."""
+        ids, eos = self._ids_of(text), self._data._required_tokenizer.eos_token_id
         if eos is None:
             return ids
         self._lengths.append(len(ids))
@@ -431,16 +429,20 @@ class _Reader:
     def _encode_chat(self, chat: list[dict[str, Any]]) -> list[int]:
         """Return the token ids of a chat, without the tokens that are added to every text."""
         tokenizer = self._data._required_tokenizer
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"{self._texts.name} holds chats, and the tokenizer has no chat template: set "
+                f"tokenizer.chat_template, or use a column of texts"
+            )
         try:
             text = str(tokenizer.apply_chat_template(chat, tokenize=False))
         except Exception as error:  # raised by the template
             raise ValueError(
                 f"the chat template refuses a chat of {self._texts.name}: {error}"
             ) from error
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        prefix, eos = text_prefix(tokenizer, self._data.add_bos), tokenizer.eos_token_id
-        if prefix and ids[: len(prefix)] == prefix:
-            ids = ids[len(prefix) :]
+        ids, eos = self._ids_of(text), tokenizer.eos_token_id
+        if self._prefix and ids[: len(self._prefix)] == self._prefix:
+            ids = ids[len(self._prefix) :]
         # templates end a turn by it, and may add a newline
         return ids if eos is None or eos in ids[-2:] else [*ids, eos]
 

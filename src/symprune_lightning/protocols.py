@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.errors import PruningWarning
+from symprune_lightning.texts import check_column
 
 NUM_VALIDATION = 1100
 """Documents of C4 that are evaluated."""
@@ -34,7 +35,7 @@ class WindowProtocol(ABC):
 
     Attributes:
         path: Hub name, or a local folder with files of the same columns.
-        name: Configuration of a hub dataset; not used for a folder.
+        name: Configuration of a hub dataset, or the folder of it in a clone of the repository.
         column: Column that contains the texts.
     """
 
@@ -57,22 +58,18 @@ class WindowProtocol(ABC):
         folder = Path(self.path).expanduser()
         if self.name is not None and (folder / self.name).is_dir():
             folder = folder / self.name  # a clone of the repository, with several configurations
-        if folder.is_dir():
-            return datasets.load_dataset(str(folder), split=split, data_files=self.files(folder))
-        return datasets.load_dataset(self.path, self.name, split=split, data_files=self.files(None))
+        source = (str(folder),) if folder.is_dir() else (self.path, self.name)
+        return datasets.load_dataset(*source, split=split, data_files=self.files)
 
-    def files(self, folder: Path | None) -> Mapping[str, str] | None:
-        """Return the files of each split; ``None`` for those that ``datasets`` finds."""
+    @property
+    def files(self) -> Mapping[str, str] | None:
+        """The files of each split; ``None`` for those that ``datasets`` finds."""
         return None
 
     def texts(self, split: str) -> list[str]:
         """Return the texts of a split."""
         rows = self.rows(split)
-        if self.column not in rows.column_names:
-            raise ValueError(
-                f"{self.path} has no column {self.column!r}; its columns are: "
-                f"{', '.join(rows.column_names)}"
-            )
+        check_column(rows, self.column, self.path)
         return [text for text in rows[self.column] if text is not None]
 
 
@@ -146,8 +143,9 @@ class C4(WindowProtocol):
     train_file: str = "en/c4-train.00000-of-01024.json.gz"
     validation_file: str = "en/c4-validation.00000-of-00008.json.gz"
 
-    def files(self, folder: Path | None) -> Mapping[str, str]:
-        """Return one file for each split."""
+    @property
+    def files(self) -> Mapping[str, str]:
+        """One file for each split."""
         return {"train": self.train_file, "validation": self.validation_file}
 
     def calibration_windows(

@@ -202,11 +202,7 @@ class TextReader:
             )
         if not isinstance(rows, datasets.Dataset | datasets.IterableDataset):
             return rows
-        columns = rows.column_names
-        if columns is not None and self.column not in columns:
-            raise ValueError(
-                f"{self.name} has no column {self.column!r}; its columns are: {', '.join(columns)}"
-            )
+        check_column(rows, self.column, self.name)
         if isinstance(rows, datasets.Dataset):
             self._is_column = True
             return rows[self.column]
@@ -243,6 +239,13 @@ class TextReader:
                 f"{self.column!r}: pass texts, lists of token ids, or chats (lists of messages)"
             )
         return row
+
+
+def check_column(rows: Any, column: str, name: str) -> None:
+    """Raise ``ValueError`` if a dataset has no such column; streams may not know theirs."""
+    columns = rows.column_names
+    if columns is not None and column not in columns:
+        raise ValueError(f"{name} has no column {column!r}; its columns are: {', '.join(columns)}")
 
 
 def is_blank(text: Any) -> bool:

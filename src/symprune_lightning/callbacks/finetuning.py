@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from symprune_lightning.callbacks.integration import (
     refuse_strategies,
     trainer_callbacks,
-    weight_copies,
+    weight_averages,
 )
 from symprune_lightning.callbacks.schedule import CubicSchedule
 from symprune_lightning.checkpoints.masks import apply_masks, infer_masks, load_masks, match_layers
@@ -214,8 +214,8 @@ class MaskedFinetuning(Callback, PruningHooks):
     @torch.no_grad()
     def _apply_masks(self, trainer: Trainer, module: LightningModule) -> None:
         """Zero the pruned weights, in averages too, and the optimizer state of each."""
-        for copy in weight_copies(trainer, module):
-            apply_masks(pruning_target(copy), self.masks)
+        for average in weight_averages(trainer, module):
+            apply_masks(pruning_target(average), self.masks)
         layers = match_layers(pruning_target(module), self.masks)
         self._zero_masks = [
             (owner.get_parameter(name), pruned)

@@ -26,7 +26,7 @@ def trainer_callbacks(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
-def weight_copies(trainer: Trainer, module: LightningModule) -> Iterator[LightningModule]:
+def weight_averages(trainer: Trainer, module: LightningModule) -> Iterator[LightningModule]:
     """Yield the averages of a module's weights that callbacks keep.
 
     Those of Lightning's callbacks, and every ``AveragedModel``; other copies may be dense teachers.

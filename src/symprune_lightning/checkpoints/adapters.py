@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.find import all_layers
-from symprune_lightning.engine.layers.names import is_adapted, module_names
+from symprune_lightning.engine.layers.names import is_adapted, is_peft_model, module_names
 
 
 @torch.no_grad()
@@ -36,13 +36,13 @@ def merge_adapters(model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
             peft's own, such as for weights that are not finite, leaves some adapters merged.
     """
     peft_model: Any = model  # peft is no dependency
-    if hasattr(model, "peft_config") and not _has_method(model, "merge_and_unload"):
+    if not callable(getattr(model, "merge_and_unload", None)):
+        if not is_peft_model(model):
+            raise TypeError(f"{type(model).__name__} is no PeftModel: it has no adapters to merge")
         raise ValueError(
             f"the adapter of this {type(model).__name__} changes no weights, as a prompt does not: "
             f"it cannot be merged"
         )
-    if not _has_method(model, "merge_and_unload"):
-        raise TypeError(f"{type(model).__name__} is no PeftModel: it has no adapters to merge")
     names = module_names(model)
     adapters = {module: name for module, name in names.items() if is_adapted(module)}
     for module, name in adapters.items():
@@ -65,7 +65,7 @@ def merge_adapters(model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All adapters are already merged")
         base: nn.Module = peft_model.merge_and_unload(safe_merge=True)
-    _mask_replaced(base, {layer.name: mask for layer, mask in sparse.items()})
+    _mask_replaced(base, sparse)
     return base, lost
 
 
@@ -91,16 +91,12 @@ def _merge(adapter: Any, sparse: Mapping[Layer, Tensor]) -> dict[str, float]:
     return lost
 
 
-def _has_method(model: nn.Module, name: str) -> bool:
-    return callable(getattr(model, name, None))
-
-
-def _mask_replaced(base: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def _mask_replaced(base: nn.Module, sparse: Mapping[Layer, Tensor]) -> None:
     """Zero the pruned weights of layers that peft has replaced by trained copies."""
     replaced = {
-        name.replace(".original_module", ""): mask
-        for name, mask in masks.items()
-        if ".original_module" in name
+        layer.name.replace(".original_module", ""): mask
+        for layer, mask in sparse.items()
+        if ".original_module" in layer.name
     }
     for layer in all_layers(base):
         if layer.name in replaced:

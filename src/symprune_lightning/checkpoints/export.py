@@ -28,7 +28,7 @@ from symprune_lightning.engine.coverage import record_coverage
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import PARTIAL, atomic_directory, hidden_sibling
-from symprune_lightning.engine.layers.names import COMPILED, unwrapped
+from symprune_lightning.engine.layers.names import COMPILED, is_peft_model, unwrapped
 from symprune_lightning.engine.result import LayerReport, PruneResult
 from symprune_lightning.errors import PruningWarning
 from symprune_lightning.functional.packing import PackedMasks
@@ -211,7 +211,7 @@ def _plain(
         TypeError: The model is no model of transformers, or has adapters that are not merged.
     """
     plain: Any = unwrapped(model)
-    if hasattr(plain, "get_base_model"):
+    if is_peft_model(plain):
         raise TypeError(
             "a PeftModel is written without its base weights: merge the adapters first, "
             "merge_adapters(model)"

@@ -1,4 +1,4 @@
-"""What a forward changes in torch's state reaches neither other batches nor the caller."""
+"""Changes that a forward makes to global state of torch do not leak out of its batch."""
 
 from __future__ import annotations
 

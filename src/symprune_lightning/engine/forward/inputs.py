@@ -13,6 +13,12 @@ from symprune_lightning.engine.layers.names import module_names
 TEXT_INPUTS = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"}
 """Arguments of a model that is given nothing but text."""
 
+POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+"""Names of learned positions."""
+
+MAX_OFFSET = 8
+"""Rows that learned positions may have beyond their number, as those of OPT have."""
+
 
 def check_input_ids(model: nn.Module, ids: object) -> None:
     """Check that a model has an embedding for each token id, and for each position.
@@ -41,7 +47,7 @@ def check_input_ids(model: nn.Module, ids: object) -> None:
             f"the data has token id {largest}, and {type(model).__name__} has {count} embeddings: "
             f"is the tokenizer that of another model?"
         )
-    limit = num_positions(model)
+    limit = _num_positions(model, ids.shape[1])
     if limit is not None and ids.shape[1] > limit:
         raise ValueError(
             f"the sequences have {ids.shape[1]} tokens, and {type(model).__name__} has learned "
@@ -63,22 +69,21 @@ def _embeddings(model: nn.Module) -> object:
         return None
 
 
-def num_positions(model: nn.Module) -> int | None:
-    """Return the number of learned positions; ``None`` for positions that are computed."""
+def _num_positions(model: nn.Module, length: int) -> int | None:
+    """Return the number of learned positions.
+
+    ``None`` for positions that are computed, and where there are clearly enough for ``length``
+    tokens: looking for them takes a pass over all modules, for every batch.
+    """
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or 2 * length <= limit:
+        return None
     for module, name in module_names(model).items():
-        if not isinstance(module, nn.Embedding) or not is_position_embedding(name):
+        if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in POSITIONS:
             continue
-        # some have a few rows more than positions, such as OPT
-        if isinstance(limit, int) and limit <= module.num_embeddings <= limit + 8:
+        if limit <= module.num_embeddings <= limit + MAX_OFFSET:
             # RoBERTa counts from the position after that of padding
             return limit if module.padding_idx is None else limit - module.padding_idx - 1
     return None
-
-
-def is_position_embedding(name: str) -> bool:
-    """Return whether the name of a module is that of learned positions."""
-    last = name.rpartition(".")[2]
-    return last in ("wpe", "embed_positions", "position_embeddings", "position_embedding")

@@ -79,11 +79,17 @@ def _wrapped(wrapper: nn.Module) -> nn.Module | None:
         inside = plain
     elif is_adapted(wrapper):
         inside = module._modules.get(ADAPTED)
-    elif callable(getattr(module, "get_base_model", None)) and hasattr(module, "peft_config"):
+    elif is_peft_model(wrapper):
         inside = module.get_base_model()
     elif is_replaced(wrapper) and module.active_adapters:
         inside = module.modules_to_save[module.active_adapters[0]]
     return inside
+
+
+def is_peft_model(module: nn.Module) -> bool:
+    """Return whether a module is a ``PeftModel``, of any kind of adapter."""
+    # by its attributes, since peft is no dependency
+    return hasattr(module, "peft_config") and callable(getattr(module, "get_base_model", None))
 
 
 def is_replaced(module: nn.Module) -> bool:
