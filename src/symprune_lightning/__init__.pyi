@@ -14,8 +14,14 @@ from .checkpoints.masks import infer_masks as infer_masks
 from .checkpoints.masks import load_masks as load_masks
 from .checkpoints.masks import save_masks as save_masks
 from .checkpoints.streaming import StreamedCheckpoint as StreamedCheckpoint
-from .datamodule import BatchDataModule as BatchDataModule
-from .datamodule import CalibrationDataModule as CalibrationDataModule
+from .data.batches import BatchDataModule as BatchDataModule
+from .data.datamodule import CalibrationDataModule as CalibrationDataModule
+from .data.protocols import C4 as C4
+from .data.protocols import PTB as PTB
+from .data.protocols import WikiText2 as WikiText2
+from .data.protocols import WindowProtocol as WindowProtocol
+from .data.self_text import SelfText as SelfText
+from .data.texts import TextSource as TextSource
 from .engine.distributed.communicator import Communicator as Communicator
 from .engine.hooks import PruningHooks as PruningHooks
 from .engine.method import PruningMethod as PruningMethod
@@ -70,10 +76,4 @@ from .functional.update import OBSUpdate as OBSUpdate
 from .functional.update import WeightUpdate as WeightUpdate
 from .module import CausalLMModule as CausalLMModule
 from .module import TransformersModule as TransformersModule
-from .protocols import C4 as C4
-from .protocols import PTB as PTB
-from .protocols import WikiText2 as WikiText2
-from .protocols import WindowProtocol as WindowProtocol
-from .self_text import SelfText as SelfText
-from .texts import TextSource as TextSource
 from .trainer import Trainer as Trainer

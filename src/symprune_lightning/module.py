@@ -6,7 +6,7 @@ Longer than 300 lines since the documentation of both modules lists all argument
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from os import PathLike
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
 from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX, load_model
+from symprune_lightning.data.windows import WindowDataset
 from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.distributed.sharding import shard_model_
 from symprune_lightning.engine.forward.calibration import logits_of
@@ -72,10 +73,10 @@ class TokenPerplexity(Perplexity):
         self.total_log_probs = self.total_log_probs.double() + torch.stack(losses).double().sum()
         self.count = self.count.double() + (target != ignore_index).sum()
 
-    def has_tokens(self) -> bool:
-        """Return whether any rank has counted a token; every rank must call this."""
+    def num_tokens(self) -> int:
+        """Return the number of tokens that all ranks have counted; every rank must call this."""
         with self.sync_context():
-            return bool(self.count > 0)
+            return int(self.count)
 
 
 class TransformersModule(LightningModule):
@@ -307,31 +308,44 @@ class TransformersModule(LightningModule):
         self, single: TokenPerplexity, loaders_name: str, dataloader_idx: int
     ) -> TokenPerplexity:
         """Return ``single``, or the metric of one dataloader if there are several."""
-        dataloaders = None if self._trainer is None else getattr(self._trainer, loaders_name)
-        if isinstance(dataloaders, Mapping):
-            name = str(list(dataloaders)[dataloader_idx])
-        elif isinstance(dataloaders, Sequence) and len(dataloaders) > 1:
-            name = str(dataloader_idx)
-        else:
+        name = list(self._dataloaders(loaders_name))[dataloader_idx]
+        if not name:
             return single
         if name not in self._loader_metrics:
             metric = TokenPerplexity(ignore_index=IGNORE_INDEX)
             self._loader_metrics[name] = metric.to(self.device)
         return self._loader_metrics[name]
 
+    def _dataloaders(self, loaders_name: str) -> Mapping[str, Any]:
+        """Return the dataloaders by name; a single one has the name ``""``."""
+        loaders = None if self._trainer is None else getattr(self._trainer, loaders_name)
+        if isinstance(loaders, Mapping):
+            return {str(name): loader for name, loader in loaders.items()}
+        if isinstance(loaders, Sequence):
+            return {str(i) if len(loaders) > 1 else "": x for i, x in enumerate(loaders)}
+        return {"": loaders}
+
     def _log_perplexity(self, stage: str, single: TokenPerplexity) -> None:
-        by_loader = {f"{stage}_perplexity/{k}": m for k, m in self._loader_metrics.items()}
-        metrics = list(by_loader.values())
+        metrics = dict(self._loader_metrics)
+        loaders = self._dataloaders(f"{stage}_dataloaders")
         # Totals are merged, not perplexities averaged, so that every token has the same weight.
         # The copy is local to this rank; compute() reduces it over all ranks.
-        overall = deepcopy(metrics[0]) if metrics else single
-        for metric in metrics[1:]:
+        overall = deepcopy(next(iter(metrics.values()))) if metrics else single
+        for metric in list(metrics.values())[1:]:
             overall.merge_state(metric)
         values: dict[str, Tensor] = {}
-        if overall.has_tokens():
+        count = overall.num_tokens()
+        if count:
             perplexity = overall.compute()
             values |= {f"{stage}_loss": perplexity.log(), f"{stage}_perplexity": perplexity}
-        values |= {name: m.compute() for name, m in by_loader.items() if m.has_tokens()}
+            values |= _bits_per_byte(f"{stage}_bits_per_byte", perplexity, count, loaders.values())
+        for name, metric in metrics.items():
+            count = metric.num_tokens()
+            if count:
+                perplexity = metric.compute()
+                key = f"{stage}_bits_per_byte/{name}"
+                values[f"{stage}_perplexity/{name}"] = perplexity
+                values |= _bits_per_byte(key, perplexity, count, [loaders[name]])
         self._loader_metrics.clear()
         single.reset()
         # compute() has already reduced the values; sync_dist only silences Lightning's warning
@@ -346,7 +360,9 @@ class CausalLMModule(TransformersModule):
     negative log-likelihood per token, in nats) and ``val_perplexity``, testing ``test_loss`` and
     ``test_perplexity``; all four are exact over all tokens of the evaluation set. With several
     dataloaders they are over the tokens of all of them, and ``val_perplexity/<name>`` is logged for
-    each. Without ``labels`` in a batch, the labels are ``input_ids`` except padding.
+    each. With the texts of a ``CalibrationDataModule``, ``val_bits_per_byte`` is logged too: the
+    loss of all tokens in bits per byte of UTF-8 text, which models with different tokenizers have
+    in common. Without ``labels`` in a batch, the labels are ``input_ids`` except padding.
 
     Args:
         pretrained: Hub name, local folder, path to a ``.gguf`` file, or a loaded model. Anything
@@ -409,6 +425,29 @@ def pruning_target(module: nn.Module) -> nn.Module:
     target: nn.Module = getattr(module, "prunable_model", module)
     original: nn.Module = getattr(target, "_orig_mod", target)
     return original
+
+
+def _bits_per_byte(
+    key: str, perplexity: Tensor, count: int, loaders: Iterable[Any]
+) -> dict[str, Tensor]:
+    """Return ``{key: bits per byte}``, or nothing unless all texts of the loaders were evaluated.
+
+    Args:
+        key: Name of the metric.
+        perplexity: Perplexity per token.
+        count: Number of tokens that were evaluated.
+        loaders: The dataloaders.
+    """
+    datasets = [getattr(loader, "dataset", None) for loader in loaders]
+    num_bytes = num_labels = 0
+    for dataset in datasets:
+        if not isinstance(dataset, WindowDataset) or not dataset.num_bytes:
+            return {}
+        num_bytes += dataset.num_bytes
+        num_labels += dataset.num_labels
+    if count != num_labels:  # as with limit_val_batches
+        return {}
+    return {key: perplexity.log2() * count / num_bytes}
 
 
 def _next_labels(labels: Tensor) -> Tensor:

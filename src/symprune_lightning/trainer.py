@@ -38,7 +38,7 @@ from symprune_lightning.checkpoints.masks import hash_masks
 from symprune_lightning.checkpoints.pretrained import local_folder
 from symprune_lightning.checkpoints.streaming import StreamedCheckpoint
 from symprune_lightning.checkpoints.weight_files import weight_files
-from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import hidden_sibling
 from symprune_lightning.engine.result import PruneResult

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.data.datamodule import CalibrationDataModule
 from tests.cli.commands import SIZES, small
 from tests.texts import texts, tokenizer
 

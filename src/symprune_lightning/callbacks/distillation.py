@@ -24,7 +24,7 @@ from symprune_lightning.callbacks.integration import (
     communicator_of,
     transfer_batches,
 )
-from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.eval_mode import eval_mode
 from symprune_lightning.engine.files import atomic_file

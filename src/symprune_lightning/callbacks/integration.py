@@ -13,7 +13,7 @@ from torch.utils.data import DistributedSampler
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
 from symprune_lightning.engine.forward.calibration import Forward, call_model
 from symprune_lightning.engine.sensitivity import Loss

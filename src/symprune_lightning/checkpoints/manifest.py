@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from symprune_lightning.checkpoints.card import model_card
-from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.engine.result import PruneResult
 
 MANIFEST = "sparsity_manifest.json"

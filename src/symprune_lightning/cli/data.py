@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from symprune_lightning.cli.parser import instantiate
-from symprune_lightning.datamodule import CalibrationDataModule
-from symprune_lightning.self_text import SelfText
+from symprune_lightning.data.datamodule import CalibrationDataModule
+from symprune_lightning.data.self_text import SelfText
+
+SHARES = ("padding", "unknown", "end of text")
+"""Columns with shares of tokens."""
 
 SHOWN = 300
 """Characters of the first sequence of a split that are printed."""
@@ -35,44 +36,30 @@ def print_data(arguments: Sequence[str], console: Console | None = None) -> None
             "dataset='self' is sampled from the model when it is pruned: there is no text to show "
             "before"
         )
-    splits = dict(_splits(data))
-    console.print(_table(data, splits))
-    for name, ids in splits.items():
+    console.print(_table(data))
+    for name, windows in data.splits.items():
         console.rule(f"first sequence for {name}", align="left")
-        text = str(data.tokenizer.decode(ids[0])) if data.tokenizer is not None else str(ids[0])
+        ids = windows.ids[0] if windows.mask is None else windows.ids[0][windows.mask[0]]
+        text = str(ids) if data.tokenizer is None else str(data.tokenizer.decode(ids))
         # neither markup nor highlighting: the text is shown as it is
         console.print(text[:SHOWN], markup=False, highlight=False)
 
 
-def _splits(data: CalibrationDataModule) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and the token ids of all splits."""
-    yield "calibration", _ids(data.calibration_dataloader())
-    evaluation: Any = data.val_dataloader()
-    several = evaluation if isinstance(evaluation, dict) else {"": evaluation}
-    for name, loader in several.items():
-        yield f"evaluation/{name}".rstrip("/"), _ids(loader)
-    if data.training_sequences:
-        yield "training", _ids(data.train_dataloader())
-
-
-def _ids(loader: Any) -> Tensor:
-    return torch.cat([batch["input_ids"] for batch in loader])
-
-
-def _table(data: CalibrationDataModule, splits: dict[str, Tensor]) -> Table:
+def _table(data: CalibrationDataModule) -> Table:
     table = Table(title="Sequences that the model is given")
-    for heading in ("split", "sequences", "length", "tokens", "unknown", "end of text", "sha256"):
+    for heading in ("split", "sequences", "length", "tokens", *SHARES, "sha256"):
         table.add_column(heading, justify="left" if heading in ("split", "sha256") else "right")
-    hashes = data.hashes
-    for name, ids in splits.items():
+    for name, windows in data.splits.items():
+        ids = windows.ids if windows.mask is None else windows.ids[windows.mask]
         table.add_row(
             name,
-            f"{len(ids):,}",
-            f"{ids.shape[1]:,}",
+            f"{len(windows.ids):,}",
+            f"{windows.ids.shape[1]:,}",
             f"{ids.numel():,}",
+            f"{1 - ids.numel() / windows.ids.numel():.0%}",
             _share(ids, data, "unk_token_id"),
             _share(ids, data, "eos_token_id"),
-            hashes[name][:12],
+            windows.sha256[:12],
         )
     return table
 

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from symprune_lightning.callbacks.distillation import refuse_distillation
 from symprune_lightning.callbacks.pruning import PruningCallback, find_pruning_callback
 from symprune_lightning.callbacks.symprune import SymPrune
-from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
 

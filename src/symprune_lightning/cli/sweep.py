@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from symprune_lightning.callbacks.pruning import PruningCallback
-from symprune_lightning.datamodule import CalibrationDataModule
+from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.engine.files import hidden_sibling, write_json
 from symprune_lightning.module import CausalLMModule, pruning_target
 from symprune_lightning.trainer import Trainer

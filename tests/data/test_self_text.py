@@ -18,7 +18,7 @@ from symprune_lightning import (
     Trainer,
 )
 from symprune_lightning.cli.verify import verify
-from symprune_lightning.self_text import sample_sequences
+from symprune_lightning.data.self_text import sample_sequences
 from tests.groups import run_trainers
 from tests.models import LANGUAGE, VOCABULARY, build, llama
 from tests.texts import tokenizer, write_project
@@ -169,7 +169,7 @@ def sample_on_ranks(rank: int, size: int, folder: Path, strategy: Any) -> None:
         callbacks=SymPrune("wanda"),
         verbose=False,
     )
-    torch.save(source._splits["calibration"], folder / f"{rank}.pt")
+    torch.save(source._splits["calibration"].ids, folder / f"{rank}.pt")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from symprune_lightning import CalibrationDataModule, CausalLMModule, PruningWarning, Trainer
-from symprune_lightning.protocols import C4, PTB, WikiText2, WindowProtocol
+from symprune_lightning.data.protocols import C4, PTB, WikiText2, WindowProtocol
 from tests.models import build
 from tests.texts import WORDS, tokenizer
 

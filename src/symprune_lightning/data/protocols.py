@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from symprune_lightning.data.texts import check_column
 from symprune_lightning.errors import PruningWarning
-from symprune_lightning.texts import check_column
 
 NUM_VALIDATION = 1100
 """Documents of C4 that are evaluated."""
@@ -50,8 +50,8 @@ class WindowProtocol(ABC):
         """Return ``count`` windows for calibration, ``(count, length)``."""
 
     @abstractmethod
-    def evaluation_windows(self, tokenizer: Tokenizer, count: int | None, length: int) -> Tensor:
-        """Return the first ``count`` windows for evaluation, or all, ``(windows, length)``."""
+    def evaluation_ids(self, tokenizer: Tokenizer, length: int) -> Tensor:
+        """Return the tokens to evaluate in windows of ``length`` tokens, shape ``(tokens,)``."""
 
     def rows(self, split: str) -> Any:
         """Return the rows of a split."""
@@ -95,10 +95,9 @@ class JoinedProtocol(WindowProtocol):
         starts = [generator.randint(0, len(ids) - length - 1) for _ in range(count)]
         return torch.stack([ids[start : start + length] for start in starts])
 
-    def evaluation_windows(self, tokenizer: Tokenizer, count: int | None, length: int) -> Tensor:
-        """Return consecutive windows of the test split; its last tokens are dropped."""
-        ids = encode(tokenizer, self.evaluation_joiner.join(self.texts("test")))
-        return consecutive(self.path, ids, count, length)
+    def evaluation_ids(self, tokenizer: Tokenizer, length: int) -> Tensor:
+        """Return the tokens of the test split."""
+        return encode(tokenizer, self.evaluation_joiner.join(self.texts("test")))
 
 
 @dataclass(frozen=True)
@@ -161,11 +160,10 @@ class C4(WindowProtocol):
             windows.append(ids[start : start + length])
         return torch.stack(windows)
 
-    def evaluation_windows(self, tokenizer: Tokenizer, count: int | None, length: int) -> Tensor:
-        """Return consecutive windows of the first validation documents."""
+    def evaluation_ids(self, tokenizer: Tokenizer, length: int) -> Tensor:
+        """Return the tokens of the first validation documents."""
         texts = self.texts("validation")[:NUM_VALIDATION]
-        ids = encode(tokenizer, " ".join(texts))[: 256 * length]
-        return consecutive(self.path, ids, count, length)
+        return encode(tokenizer, " ".join(texts))[: 256 * length]
 
     def _draw(
         self, tokenizer: Tokenizer, texts: list[str], length: int, generator: random.Random
@@ -191,7 +189,10 @@ def encode(tokenizer: Tokenizer, text: str) -> Tensor:
 
 
 def consecutive(name: str, ids: Tensor, count: int | None, length: int) -> Tensor:
-    """Return the first ``count`` windows of a text, or all, ``(windows, length)``."""
+    """Return the first ``count`` windows of a text, or all, ``(windows, length)``.
+
+    The tokens after the last whole window are dropped, as the publications do.
+    """
     available = len(ids) // length
     if count is None:
         count = available

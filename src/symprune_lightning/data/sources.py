@@ -8,9 +8,9 @@ from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
-from symprune_lightning.protocols import C4, PROTOCOLS, PTB, WikiText2, WindowProtocol
-from symprune_lightning.self_text import SELF, SelfText
-from symprune_lightning.texts import Texts, TextSource
+from symprune_lightning.data.protocols import C4, PROTOCOLS, PTB, WikiText2, WindowProtocol
+from symprune_lightning.data.self_text import SELF, SelfText
+from symprune_lightning.data.texts import Texts, TextSource
 
 # The order matters, see Texts.
 Evaluation = TextSource | WindowProtocol | Mapping[str, WindowProtocol | Texts] | None | Texts

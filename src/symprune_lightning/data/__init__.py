@@ -1,0 +1,1 @@
+"""Calibration, evaluation and training data: sources, windows of tokens, and data modules."""
