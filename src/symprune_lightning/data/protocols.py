@@ -37,11 +37,13 @@ class WindowProtocol(ABC):
         path: Hub name, or a local folder with files of the same columns.
         name: Configuration of a hub dataset, or the folder of it in a clone of the repository.
         column: Column that contains the texts.
+        revision: Branch, tag or commit of a hub dataset. Default: ``None``, its main branch.
     """
 
     path: str
     name: str | None = None
     column: str = "text"
+    revision: str | None = None
 
     @abstractmethod
     def calibration_windows(
@@ -58,8 +60,11 @@ class WindowProtocol(ABC):
         folder = Path(self.path).expanduser()
         if self.name is not None and (folder / self.name).is_dir():
             folder = folder / self.name  # a clone of the repository, with several configurations
-        source = (str(folder),) if folder.is_dir() else (self.path, self.name)
-        return datasets.load_dataset(*source, split=split, data_files=self.files)
+        if folder.is_dir():
+            return datasets.load_dataset(str(folder), split=split, data_files=self.files)
+        return datasets.load_dataset(
+            self.path, self.name, split=split, data_files=self.files, revision=self.revision
+        )
 
     @property
     def files(self) -> Mapping[str, str] | None:
@@ -117,11 +122,14 @@ class WikiText2(JoinedProtocol):
 class PTB(JoinedProtocol):
     """Penn Treebank as in the code of SparseGPT (arXiv 2301.00774): sentences joined by a space.
 
-    Needs a folder with files of the splits, since the data set of the hub is a script, which
-    ``datasets`` does not run any more.
+    The data set of the hub is a script, which ``datasets`` does not run any more; ``revision`` is
+    the branch that holds the files that the hub has converted. Tokenizers of the LLaMA family split
+    the ``<unk>`` of these texts in ways that depend on their version: do not check a set-up by it.
     """
 
+    path: str = "ptb-text-only/ptb_text_only"
     column: str = "sentence"
+    revision: str | None = "refs/convert/parquet"
     evaluation_joiner: str = " "
 
 
@@ -178,7 +186,7 @@ class C4(WindowProtocol):
         )
 
 
-PROTOCOLS: Mapping[str, WindowProtocol] = {"wikitext2": WikiText2(), "c4": C4()}
+PROTOCOLS: Mapping[str, WindowProtocol] = {"wikitext2": WikiText2(), "c4": C4(), "ptb": PTB()}
 """Protocols of data sets of the hub by name."""
 
 

@@ -57,6 +57,13 @@ class TextSource:
             document.
         streaming: Read rows as they are needed, for a dataset that does not fit on the disk. It is
             shuffled within a buffer of 1000 rows. Default: ``False``.
+        data_files: Files of the hub dataset or folder that are read, such as
+            ``"en/c4-train.00000-of-01024.json.gz"`` or a pattern. Default: ``()``, all of the
+            split.
+        revision: Branch, tag or commit of a hub dataset. Default: ``None``, its main branch.
+
+    Raises:
+        ValueError: ``data_files`` or ``revision`` is passed for a single file.
     """
 
     path: str
@@ -65,6 +72,30 @@ class TextSource:
     column: str = "text"
     joiner: str | None = None
     streaming: bool = False
+    data_files: str | tuple[str, ...] = ()
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data_files, str):  # a list, as files of settings have it
+            object.__setattr__(self, "data_files", tuple(self.data_files))
+        if self._file_format is not None and (self.data_files or self.revision):
+            raise ValueError(
+                f"path={self.path!r} is a single file: data_files and revision choose among the "
+                f"files of a hub dataset or folder"
+            )
+
+    @property
+    def _files(self) -> dict[str, str | list[str]] | None:
+        """``data_files`` by split, as ``datasets`` takes them."""
+        if not self.data_files:
+            return None
+        files = self.data_files if isinstance(self.data_files, str) else list(self.data_files)
+        return {self.split.partition("[")[0]: files}
+
+    @property
+    def _file_format(self) -> str | None:
+        """The builder of ``datasets`` for a file; ``None`` for a folder or a hub name."""
+        return next((FORMATS.get(x) for x in _suffixes(Path(self.path))), None)
 
     def load(self) -> Any:
         """Return the dataset.
@@ -73,11 +104,15 @@ class TextSource:
             FileNotFoundError: ``path`` is a text file that does not exist.
         """
         path = Path(self.path).expanduser()
-        file_format = _file_format(path)
+        file_format = self._file_format
         if file_format is None:
-            name = str(path) if path.exists() else self.path
             return datasets.load_dataset(
-                name, self.name, split=self.split, streaming=self.streaming
+                str(path) if path.exists() else self.path,
+                self.name,
+                split=self.split,
+                streaming=self.streaming,
+                data_files=self._files,
+                revision=self.revision,
             )
         if not path.is_file():
             raise FileNotFoundError(f"no text file at {path}")
@@ -259,8 +294,3 @@ def _suffixes(path: Path) -> list[str]:
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return suffixes[-1:]
-
-
-def _file_format(path: Path) -> str | None:
-    """Return the builder of ``datasets`` that reads a file; ``None`` for a folder or a hub name."""
-    return next((FORMATS.get(suffix) for suffix in _suffixes(path)), None)
