@@ -16,6 +16,7 @@ from .checkpoints.masks import save_masks as save_masks
 from .checkpoints.streaming import StreamedCheckpoint as StreamedCheckpoint
 from .data.batches import BatchDataModule as BatchDataModule
 from .data.datamodule import CalibrationDataModule as CalibrationDataModule
+from .data.processed import ProcessorDataModule as ProcessorDataModule
 from .data.protocols import C4 as C4
 from .data.protocols import PTB as PTB
 from .data.protocols import WikiText2 as WikiText2

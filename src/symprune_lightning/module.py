@@ -188,11 +188,7 @@ class TransformersModule(LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits of a batch, shape ``(batch, tokens, vocabulary)``."""
-        omitted = {TEACHER_INDICES, TEACHER_LOG_PROBS}
-        if not self._is_encoder_decoder:
-            omitted.add("labels")  # of which the model would compute a loss that is not used
-        inputs: dict[str, Any] = {name: x for name, x in batch.items() if name not in omitted}
-        logits = logits_of(self.prunable_model(**inputs, use_cache=False))
+        logits = logits_of(self._output(batch))
         if logits is None:
             raise ValueError(
                 f"{type(self.prunable_model).__name__} returns no logits: pass a model with an "
@@ -200,10 +196,19 @@ class TransformersModule(LightningModule):
             )
         return logits
 
-    def calibration_step(self, batch: Batch) -> Tensor:
-        """Run the forward pass of a calibration batch and return its logits."""
-        logits: Tensor = self(batch)
-        return logits
+    def calibration_step(self, batch: Batch) -> Any:
+        """Run the forward pass of a calibration batch and return the output of the model."""
+        return self._output(batch)
+
+    def _output(self, batch: Batch) -> Any:
+        """Return the output of the model for a batch."""
+        omitted = {TEACHER_INDICES, TEACHER_LOG_PROBS}
+        if not self._is_encoder_decoder:
+            omitted.add("labels")  # of which the model would compute a loss that is not used
+        inputs: dict[str, Any] = {name: x for name, x in batch.items() if name not in omitted}
+        if self.prunable_model.can_generate():
+            inputs["use_cache"] = False
+        return self.prunable_model(**inputs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean negative log-likelihood per label of a batch.

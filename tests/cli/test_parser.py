@@ -27,7 +27,10 @@ def test_recipes_differ_in_the_method_only():
     assert training["trainer"].pop("callbacks") == [
         {"class_path": "symprune_lightning.Distillation"}
     ]
+    published = recipes.pop("wanda-c4")
+    assert published.pop("data") == "shared/c4-wikitext2.yaml"
     first, *others = recipes.values()
+    assert published == {k: v for k, v in first.items() if k != "data"}
     assert all(recipe == first for recipe in others)
     assert all(m.get("sparsity") == 0.5 or m["pattern"] == "2:4" for m in methods.values())
     # listed with their first line by `symprune list`
@@ -91,3 +94,8 @@ def test_paths_are_not_read_as_configuration(project):
 def test_the_tokenizer_is_that_of_the_model(project):
     cli = instantiate(small(project))
     assert cli.datamodule.tokenizer.name_or_path == str(project / "model")
+
+
+def test_null_takes_a_setting_of_a_recipe_back(project):
+    options = [*small(project), "--config", "wanda-c4", "--data.evaluation=null"]
+    assert instantiate(options).datamodule.evaluation is None

@@ -15,8 +15,8 @@ import torch
 
 from symprune_lightning import CalibrationDataModule, TextSource
 from symprune_lightning.data.protocols import C4, PROTOCOLS, PTB
+from symprune_lightning.data.reader import TextReader
 from symprune_lightning.data.sources import source_from_settings, source_settings
-from symprune_lightning.data.texts import TextReader
 from tests.texts import texts, tokenizer
 
 SIZES = {"sequences": 4, "sequence_length": 16, "evaluation_sequences": 3}

@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     FeatureExtractionMixin,
     ImageProcessingMixin,
@@ -132,6 +133,24 @@ def load_tokenizer(pretrained: str, *, trust_remote_code: bool = False) -> Token
     return AutoTokenizer.from_pretrained(
         **_source_arguments(pretrained), trust_remote_code=trust_remote_code
     )
+
+
+def load_processor(pretrained: str, *, trust_remote_code: bool = False) -> Processor:
+    """Load the processor of a model.
+
+    Args:
+        pretrained: Hub name or local folder.
+        trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
+
+    Raises:
+        FileNotFoundError: ``pretrained`` is a path that does not exist.
+        ValueError: The checkpoint needs ``trust_remote_code``.
+    """
+    auto: Any = AutoProcessor
+    processor: Processor = auto.from_pretrained(
+        **_source_arguments(pretrained), trust_remote_code=trust_remote_code
+    )
+    return processor
 
 
 def resolve_source(pretrained: str) -> Path | str:

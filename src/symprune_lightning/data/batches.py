@@ -56,7 +56,10 @@ class BatchDataModule(CalibrationDataModule):
         evaluation: Batches | Mapping[str, Batches],
         processor: Processor | None = None,
     ) -> None:
-        super().__init__(_iterable(calibration), evaluation=_iterable(evaluation))
+        sets: Any = evaluation
+        if isinstance(evaluation, Mapping):
+            sets = {name: _iterable(part) for name, part in evaluation.items()}
+        super().__init__(_iterable(calibration), evaluation=_iterable(sets))
         if processor is not None and not hasattr(processor, "save_pretrained"):
             raise TypeError(
                 f"processor is a {type(processor).__name__}: pass the object that made the "
@@ -74,8 +77,8 @@ class BatchDataModule(CalibrationDataModule):
         """Read all batches. Further calls do nothing."""
         if not self._batches:
             sources = {"calibration": self.dataset, **self._evaluation_sets()}
-            self._batches = {split: _read_batches(x, split) for split, x in sources.items()}
-            _check_common_batches(self._batches)
+            self._batches = {split: read_batches(x, split) for split, x in sources.items()}
+            check_common_batches(self._batches)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Raise ``ValueError``, since there are no training batches."""
@@ -114,12 +117,15 @@ class BatchDataModule(CalibrationDataModule):
 
 def _iterable(batches: Any) -> Any:
     """Return an iterable over the items of a ``Dataset``; other values unchanged."""
-    if isinstance(batches, Mapping):
-        return {name: _iterable(part) for name, part in batches.items()}
     return DataLoader(batches, batch_size=None) if isinstance(batches, Dataset) else batches
 
 
-def _read_batches(source: Any, split: str) -> list[dict[str, Tensor]]:
+def read_batches(source: Any, split: str) -> list[dict[str, Tensor]]:
+    """Return batches as a list.
+
+    Raises:
+        ValueError: There are none, or one is not a mapping of names to tensors.
+    """
     batches: list[dict[str, Tensor]] = []
     for i, batch in enumerate(source):
         if not isinstance(batch, Mapping):
@@ -149,7 +155,7 @@ def _hash_batches(batches: Sequence[Mapping[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _check_common_batches(splits: Mapping[str, Sequence[Mapping[str, Tensor]]]) -> None:
+def check_common_batches(splits: Mapping[str, Sequence[Mapping[str, Tensor]]]) -> None:
     """Refuse evaluation batches that are calibration batches too."""
     calibration = {_hash_batches([batch]) for batch in splits["calibration"]}
     for split, batches in splits.items():

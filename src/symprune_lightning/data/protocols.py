@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from symprune_lightning.data.texts import check_column
+from symprune_lightning.data.reader import check_column
 from symprune_lightning.errors import PruningWarning
 
 NUM_VALIDATION = 1100

@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from symprune_lightning.data.texts import TextReader, Texts
+from symprune_lightning.data.reader import TextReader
+from symprune_lightning.data.texts import Texts
 from symprune_lightning.data.windows import Windows, pack, pad, text_prefix
 from symprune_lightning.errors import PruningWarning
 
