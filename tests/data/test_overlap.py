@@ -18,14 +18,20 @@ SIZES = {"sequences": 4, "sequence_length": 16, "evaluation_sequences": 3, "trai
 def test_the_same_texts_are_refused(tmp_path):
     message = r"100% of the tokens for evaluation are also used for calibration"
     with pytest.raises(ValueError, match=message):
-        CalibrationDataModule(texts(), tokenizer(), evaluation=texts(), **SIZES).setup()
+        CalibrationDataModule(texts(), tokenizer(), evaluation=texts(), **SIZES).val_dataloader()
     path = tmp_path / "texts.txt"
     path.write_text("\n\n".join(texts()))
     data = CalibrationDataModule(
         str(path), tokenizer(), evaluation={"own": TextSource(str(path))}, **SIZES
     )
     with pytest.raises(ValueError, match="tokens for evaluation/own are also used for calibration"):
-        data.setup()
+        data.val_dataloader()
+
+
+def test_the_same_texts_can_be_used_for_calibration_alone():
+    data = CalibrationDataModule(texts(), tokenizer(), evaluation=texts(), **SIZES)
+    assert len(data.calibration_dataloader()) == SIZES["sequences"]
+    assert len(data.train_dataloader()) == SIZES["training_sequences"]
 
 
 def test_texts_that_are_evaluated_at_another_position_are_refused():
@@ -40,7 +46,7 @@ def test_texts_that_are_evaluated_at_another_position_are_refused():
         evaluation_sequences=10,
     )
     with pytest.raises(ValueError, match="of the tokens for evaluation are also used"):
-        data.setup()
+        data.val_dataloader()
 
 
 def test_training_texts_are_not_evaluated():
@@ -57,7 +63,7 @@ def test_training_texts_are_not_evaluated():
     )
     assert first not in others
     with pytest.raises(ValueError, match="of the tokens for evaluation are also used for training"):
-        data.setup()
+        data.val_dataloader()
 
 
 def order_of(count: int) -> list[int]:
@@ -72,7 +78,7 @@ def test_duplicates_within_a_dataset_are_refused():
     row = [generator.randrange(4, 64) for _ in range(80)]
     data = CalibrationDataModule([row] * 8, sequences=2, sequence_length=80, evaluation_sequences=2)
     with pytest.raises(ValueError, match="are also used for calibration"):
-        data.setup()
+        data.val_dataloader()
 
 
 def test_short_texts_in_another_order_are_refused():
@@ -88,7 +94,7 @@ def test_short_texts_in_another_order_are_refused():
             evaluation_sequences=20,
         )
         with pytest.raises(ValueError, match="of the tokens for evaluation are also used"):
-            data.setup()
+            data.val_dataloader()
 
 
 def test_a_little_overlap_is_named():
@@ -104,7 +110,7 @@ def test_a_little_overlap_is_named():
         evaluation_sequences=5,
     )
     with pytest.warns(PruningWarning, match="19% of the tokens for evaluation are also used for"):
-        data.setup()
+        data.val_dataloader()
 
 
 def test_overlap_is_the_share_of_runs():

@@ -36,6 +36,7 @@ def print_data(arguments: Sequence[str], console: Console | None = None) -> None
             "dataset='self' is sampled from the model when it is pruned: there is no text to show "
             "before"
         )
+    data.val_dataloader()  # checks that no split overlaps the evaluation
     console.print(_table(data))
     for name, windows in data.splits.items():
         console.rule(f"first sequence for {name}", align="left")

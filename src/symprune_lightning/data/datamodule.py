@@ -130,6 +130,7 @@ class CalibrationDataModule(LightningDataModule):
         self.trust_remote_code = trust_remote_code
         self._tokenizer = tokenizer
         self._splits: dict[str, Windows] = {}
+        self._overlap_checked = False
         self._sampled_from: weakref.ref[PreTrainedModel] | None = None
         self._check_sizes()
         self._check_sources()
@@ -218,7 +219,6 @@ class CalibrationDataModule(LightningDataModule):
             splits |= {split: self._evaluation_windows(split, source, reader)}
         if self.training_sequences and reader is not None:
             splits["training"] = reader.windows(self.training_sequences, "training")
-        check_overlap({name: windows.text for name, windows in splits.items()}, EVALUATION)
         self._splits = splits
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -241,7 +241,14 @@ class CalibrationDataModule(LightningDataModule):
         With several processes, rows without labels are appended until the number of rows is
         divisible by the number of processes. Lightning's distributed sampler then repeats no row,
         and the perplexity equals that of a single process.
+
+        Raises:
+            ValueError: Evaluation texts are also used for calibration or training.
         """
+        self.setup()
+        if not self._overlap_checked:  # here, since data for calibration only needs no check
+            check_overlap({name: part.text for name, part in self._splits.items()}, EVALUATION)
+            self._overlap_checked = True
         loaders = {s.partition("/")[2]: self._dataloader(s) for s in self._evaluation_sets()}
         return loaders.get("", loaders)
 
