@@ -128,3 +128,32 @@ def test_needs_the_gram_matrix():
     weight, mask, _ = example()
     with pytest.raises(ValueError, match="needs the statistic 'gram'"):
         ExactSwap()(weight, mask, Statistics())
+
+
+@given(
+    rows=st.integers(1, 5),
+    columns=st.sampled_from([1, 7, 31, 64, 256, 512]),
+    count=st.integers(1, 16),
+    seed=st.integers(0, 99),
+)
+def test_lowest_equals_a_sort(rows, columns, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.stack([torch.randperm(columns, generator=generator) for _ in range(rows)]).double()
+    count = min(count, columns)
+    values, indices = exact.lowest(x, count)
+    assert torch.equal(values, x.sort(1).values[:, :count])
+    assert torch.equal(x.gather(1, indices), values)
+
+
+@given(seed=st.integers(0, 50), window=st.sampled_from([None, 4]), split=st.integers(1, 11))
+def test_rows_do_not_depend_on_each_other(seed, window, split):
+    """Ranks refine the rows of their shard, and get the masks of a single process."""
+    weight, mask, statistics = example(
+        12, 256, seed=seed, dtype=torch.float64, odd=False, pattern=patterned(window)
+    )
+    together = ExactSwap()(weight, mask, statistics, window)
+    parts = [
+        ExactSwap()(w, m, statistics, window)
+        for w, m in zip(weight.split(split), mask.split(split), strict=True)
+    ]
+    assert torch.equal(torch.cat(parts), together)

@@ -126,14 +126,22 @@ class _Rows:
         # All pairs among the 2·size columns, since each swap changes the costs of the others.
         shortlist = _Shortlist(torch.cat([to_grow, to_prune], 1), max_swaps, cost.dtype)
         interaction = self._interaction(shortlist.columns)
+        live = torch.arange(len(cost), device=cost.device)
         for _ in range(SWAPS):
             pairs = grow_cost[:, :, None] + prune_cost[:, None, :] - interaction[:, :size, size:]
             change, best = pairs.flatten(1).min(1)
             i, j = best // size, best % size
-            swapped = self._swap_if_better_(shortlist, change, i, size + j)
+            swapped = self._swap_if_better_(shortlist, live, change, i, size + j)
             if not len(swapped):
                 break
-            i, j = i[swapped], j[swapped]
+            if 2 * len(swapped) < len(live):
+                # rows that do not swap now never do with this shortlist: drop them
+                live, interaction = live[swapped], interaction[swapped]
+                grow_cost, prune_cost = grow_cost[swapped], prune_cost[swapped]
+                i, j = i[swapped], j[swapped]
+                swapped = torch.arange(len(live), device=live.device)
+            else:
+                i, j = i[swapped], j[swapped]
             # The swap has changed ``r`` by W_p at p and by −W_g at g, and so the linear term of
             # every other cost: − for weights to grow and + for weights to prune.
             step = interaction[swapped, size + j] - interaction[swapped, i]
@@ -166,9 +174,10 @@ class _Rows:
         interaction = (
             single[:, 0, :, 0] - single[:, 0, :, 1] - single[:, 1, :, 0] + single[:, 1, :, 1]
         )
+        live = torch.arange(len(costs), device=costs.device)
         for _ in range(SWAPS):
             change, i = costs.min(1)
-            swapped = self._swap_if_better_(shortlist, change, i, size + i)
+            swapped = self._swap_if_better_(shortlist, live, change, i, size + i)
             if not len(swapped):
                 break
             costs[swapped] += interaction[swapped, i[swapped]]
@@ -213,28 +222,32 @@ class _Rows:
         return gram.mul_(2 * weight[:, :, None]).mul_(weight[:, None, :])
 
     def _swap_if_better_(
-        self, shortlist: _Shortlist, change: Tensor, i: Tensor, j: Tensor
+        self, shortlist: _Shortlist, live: Tensor, change: Tensor, i: Tensor, j: Tensor
     ) -> Tensor:
-        """Swap one pair in each row whose error it lowers; return the indices of these rows.
+        """Swap one pair in each live row whose error it lowers.
 
         Args:
             shortlist: The shortlists.
-            change: Change of the error of each row, ``(rows,)``.
-            i: Position of the weight to grow in the shortlist of each row, ``(rows,)``.
-            j: Position of the weight to prune, ``(rows,)``.
+            live: Rows that may swap, ``(n,)``.
+            change: Change of the error of each live row, ``(n,)``.
+            i: Position of the weight to grow in the shortlist of each live row, ``(n,)``.
+            j: Position of the weight to prune, ``(n,)``.
+
+        Returns:
+            Which of the live rows have swapped, as indices into ``live``.
         """
+        may_swap = shortlist.swaps[live] < shortlist.max_swaps[live]
         # the threshold exceeds possible rounding error, so that swaps cannot go back and forth
-        better = (change < -1e-6 * self.error) & (shortlist.swaps < shortlist.max_swaps)
-        rows = better.nonzero().flatten()
-        i, j = i[rows], j[rows]
+        swapped = ((change < -1e-6 * self.error[live]) & may_swap).nonzero().flatten()
+        rows, i, j = live[swapped], i[swapped], j[swapped]
         grown, pruned = shortlist.columns[rows, i], shortlist.columns[rows, j]
         self.mask[rows, grown] = True
         self.mask[rows, pruned] = False
         shortlist.removed[rows, i] = -self.weight[rows, grown]
         shortlist.removed[rows, j] = self.weight[rows, pruned]
-        self.error[rows] += change[rows]
+        self.error[rows] += change[swapped]
         shortlist.swaps[rows] += 1
-        return rows
+        return swapped
 
     def _update_product_(self, shortlist: _Shortlist) -> None:
         """Add what the swaps of a shortlist have changed in ``r`` to ``r G``."""
