@@ -28,6 +28,7 @@ from symprune_lightning.callbacks.pruning import (
     pruning_hooks,
 )
 from symprune_lightning.callbacks.recovery import recovery_callbacks, recovery_checkpoint
+from symprune_lightning.callbacks.termination import raise_if_terminated
 from symprune_lightning.checkpoints.export import (
     check_destination,
     name_unfinished,
@@ -423,6 +424,7 @@ class Trainer(pl.Trainer):
         others = [c for c in self.callbacks if not isinstance(c, PruningCallback)]
         with self._with_callbacks(others):
             results = evaluate(verbose=False)
+            raise_if_terminated(self)
             observers = pruning_hooks(self)
         metrics = {name: value for part in results for name, value in part.items()}
         for hook in [*requesting, *observers]:

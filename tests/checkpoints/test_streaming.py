@@ -177,11 +177,11 @@ def test_a_layer_that_no_batch_reaches(tmp_path):
         raise AssertionError("continued after the output projection")
 
     with StreamedCheckpoint(tmp_path / "dense", tmp_path / "sparse") as checkpoint:
-        checkpoint.model.register_module("never", torch.nn.Linear(4, 4, device="meta"))
+        checkpoint.model.model.register_module("never", torch.nn.Linear(4, 4, device="meta"))
         with pytest.warns(PruningWarning, match="never"):
             result = prune_model(checkpoint.model, batches(), placement=checkpoint, forward=forward)
         checkpoint.save({})
-    assert result.unreached == ["never"]
+    assert result.unreached == ["model.never"]
 
 
 class Stop(PruningHooks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +20,17 @@ from symprune_lightning import PruningHooks
 
 
 class Interrupt(Callback, PruningHooks):
-    def __init__(self, layer: int):
+    def __init__(self, layer: int, number: int = signal.SIGINT):
         self.remaining = layer
+        self.number = number
+        self.is_first = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def on_layer_pruned(self, report, mask):
         self.remaining -= 1
-        if self.remaining == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+        if self.remaining == 0 and self.is_first:
+            os.kill(os.getpid(), self.number)
 """
-"""A callback that interrupts the process after some layers, as Ctrl+C does."""
+"""A callback that sends the first process a signal after some layers, SIGINT as Ctrl+C does."""
 
 
 def small(project: Path) -> list[str]:
@@ -37,10 +40,14 @@ def small(project: Path) -> list[str]:
     return [f"--model.pretrained={project / 'model'}", "--trainer.accelerator=cpu", *data]
 
 
-def interrupt(layer: int) -> list[str]:
+def interrupt(layer: int, number: int = signal.SIGINT) -> list[str]:
     """Options that interrupt a run in whose folder ``interrupting.py`` is."""
     callbacks = "--trainer.callbacks"
-    return [f"{callbacks}+=interrupting.Interrupt", f"{callbacks}.layer={layer}"]
+    return [
+        f"{callbacks}+=interrupting.Interrupt",
+        f"{callbacks}.layer={layer}",
+        f"{callbacks}.number={int(number)}",
+    ]
 
 
 def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[Any]:

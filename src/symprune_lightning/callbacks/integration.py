@@ -146,8 +146,8 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Forward:
             except TypeError as error:
                 raise TypeError(
                     f"{error} (mappings are passed as keyword arguments, tuples and lists as "
-                    f"positional ones; if forward expects something else, define "
-                    f"calibration_step(batch) in the LightningModule)"
+                    f"positional ones; in a LightningModule whose forward expects something else, "
+                    f"define calibration_step(batch))"
                 ) from error
 
     return forward

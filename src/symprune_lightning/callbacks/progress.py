@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
@@ -45,6 +46,10 @@ class LayerBar(PruningHooks):
         """See `PruningHooks`."""
         self._total = len(layers)
 
+    def on_resume(self, folder: Path, layers: Sequence[str]) -> None:
+        """See `PruningHooks`."""
+        self._progress.console.print(resume_line(folder, len(layers), self._total))
+
     def on_layer_pruned(self, report: LayerReport, mask: Tensor) -> None:
         """See `PruningHooks`."""
         self._done += 1
@@ -80,6 +85,10 @@ class BlockLines(PruningHooks):
     def on_pruning_start(self, layers: Sequence[str]) -> None:
         """See `PruningHooks`."""
         self._total = len(layers)
+
+    def on_resume(self, folder: Path, layers: Sequence[str]) -> None:
+        """See `PruningHooks`."""
+        self._console.print(resume_line(folder, len(layers), self._total), highlight=False)
 
     def on_layer_pruned(self, report: LayerReport, mask: Tensor) -> None:
         """See `PruningHooks`."""
@@ -118,6 +127,11 @@ class BlockLines(PruningHooks):
             highlight=False,
         )
         errors.clear()
+
+
+def resume_line(folder: Path, finished: int, total: int) -> str:
+    """Return the line that announces a resumed run."""
+    return f"resuming from {folder}: {finished} of {total} layers are recorded"
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from symprune_lightning.callbacks.integration import (
 )
 from symprune_lightning.callbacks.progress import print_summary, progress_hooks
 from symprune_lightning.callbacks.schedule import CubicSchedule
+from symprune_lightning.callbacks.termination import stop_on_sigterm
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.prune import RunOptions
@@ -186,7 +187,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
         batches = communicator.shard(calibration_batches(trainer, module, self.calibration))
         observers = [hook for hook in pruning_hooks(trainer) if hook is not self]
         start = time.perf_counter()
-        with progress_hooks(trainer) as progress:
+        with progress_hooks(trainer) as progress, stop_on_sigterm(trainer, communicator) as stop:
             self.result = self.prune(
                 pruning_target(module),
                 transfer_batches(batches, trainer),
@@ -197,7 +198,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
                     placement=placement,
                     communicator=communicator,
                     journal=self.journal,
-                    hooks=[*progress, *observers],
+                    hooks=[*progress, *observers, stop],
                 ),
             )
         self.seconds = time.perf_counter() - start

@@ -10,7 +10,12 @@ from torch import nn
 
 from symprune_lightning.callbacks.pruning import PruningCallback, When
 from symprune_lightning.callbacks.schedule import CubicSchedule
-from symprune_lightning.engine.method import Experts, PruningMethod, Unreached
+from symprune_lightning.engine.method import (
+    DEFAULT_SPARSITY,
+    Experts,
+    PruningMethod,
+    Unreached,
+)
 from symprune_lightning.engine.prune import RunOptions, prune_with
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.functional.allocation import AllocationMethod
@@ -78,7 +83,7 @@ class SymPrune(PruningCallback):
         self,
         score: Score | str = "ria",
         *,
-        sparsity: float | dict[str, float] = 0.5,
+        sparsity: float | dict[str, float] = DEFAULT_SPARSITY,
         pattern: Pattern | str | None = None,
         group: Group = "output",
         refine: MaskRefiner
@@ -94,8 +99,8 @@ class SymPrune(PruningCallback):
         gradient_batches: int | None = None,
         experts: Experts = "routed",
         unreached: Unreached = "dense",
-        ignore: list[str] | None = None,
-        only: list[str] | None = None,
+        ignore: list[str] | str | None = None,
+        only: list[str] | str | None = None,
         when: When = "validate",
         calibration: Iterable[Any] | None = None,
         baseline: bool = True,

@@ -142,9 +142,17 @@ def match_layers(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Layer]:
     try:
         layers = find_layers(model, masks)
     except KeyError as error:
+        name, kind = error.args[0], type(model).__name__
+        prefixed = [n for n, _ in model.named_modules() if n.endswith(f".{name}")]
+        advice = "do the masks belong to another model?"
+        if prefixed:
+            part = prefixed[0].removesuffix(f".{name}")
+            advice = (
+                f"it has a layer {prefixed[0]}. If the masks belong to its part {part!r}, pass "
+                f"that module; in a LightningModule, set the attribute prunable_model to it"
+            )
         raise ValueError(
-            f"there is a mask for layer {error.args[0]}, which {type(model).__name__} does not "
-            f"have: do the masks belong to another model?"
+            f"there is a mask for layer {name}, which {kind} does not have: {advice}"
         ) from None
     for layer in layers:
         shape, mask_shape = tuple(layer.shape), _shape(masks, layer.name)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -20,6 +24,9 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+HUB_TIMEOUT = 5.0
+"""Seconds to wait for a connection to the hub."""
 
 IGNORE_INDEX = -100
 """Label of positions that are excluded from the loss, as in transformers."""
@@ -163,8 +170,8 @@ def resolve_source(pretrained: str) -> Path | str:
         The path, with ``~`` expanded, if it exists; otherwise ``pretrained`` itself, a hub name.
 
     Raises:
-        FileNotFoundError: ``pretrained`` starts with ``/``, ``.`` or ``~`` or ends with ``.gguf``,
-            and there is no such file or folder.
+        FileNotFoundError: ``pretrained`` starts with ``/``, ``.`` or ``~`` or ends with ``/`` or
+            ``.gguf``, and there is no such file or folder.
 
     Examples:
         >>> resolve_source("HuggingFaceTB/SmolLM2-135M")
@@ -178,7 +185,7 @@ def resolve_source(pretrained: str) -> Path | str:
     if path.exists():
         return path
     # from_pretrained would look for a mistyped path on the Hub and report a network error
-    if _is_gguf(pretrained) or pretrained.startswith(("/", ".", "~")):
+    if _is_gguf(pretrained) or pretrained.startswith(("/", ".", "~")) or pretrained.endswith("/"):
         raise FileNotFoundError(
             f"no model at {path}: expected a folder written by save_pretrained, a .gguf file, or "
             f"the name of a model on the Hub"
@@ -220,9 +227,36 @@ def _is_gguf(pretrained: str) -> bool:
 def _source_arguments(pretrained: str) -> dict[str, str]:
     """Arguments of ``from_pretrained`` that name the source."""
     source = resolve_source(pretrained)
+    if isinstance(source, str):
+        _check_hub(source)
     if isinstance(source, Path) and _is_gguf(pretrained):
+        if find_spec("gguf") is None:
+            raise ModuleNotFoundError(
+                f"reading {source.name} needs the package gguf: pip install "
+                f"'symprune-lightning[gguf]'"
+            )
         return {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     return {"pretrained_model_name_or_path": str(source)}
+
+
+def _check_hub(name: str) -> None:
+    """Raise ``OSError`` if a model is not in the cache, and the hub cannot be reached.
+
+    The libraries that load it would retry for a minute.
+    """
+    is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if is_cached or constants.HF_HUB_OFFLINE or "https" in getproxies():
+        return
+    address = urlsplit(constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((str(address.hostname), port), timeout=HUB_TIMEOUT).close()
+    except OSError as error:
+        raise OSError(
+            f"{name} is no folder here and not in the cache, and {constants.ENDPOINT} cannot be "
+            f"reached ({error}): pass a folder (./{name}) or a .gguf file, or connect to the "
+            f"network"
+        ) from error
 
 
 def _resolve_dtype(name: str, pretrained: str) -> torch.dtype | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,12 @@ def compare(
         writer = csv.DictWriter(file, list(asdict(results[0])))
         writer.writeheader()
         writer.writerows(asdict(result) for result in results)
-    plot(results, folder / "compare.png")
+    if find_spec("matplotlib") is not None:
+        plot(results, folder / "compare.png")
+    elif console is not None:
+        console.print(
+            "compare.png was not written: pip install 'symprune-lightning[report]'", markup=False
+        )
     return results
 
 
@@ -81,11 +87,9 @@ def table(results: Sequence[SweepResult]) -> Table:
 
 
 def plot(results: Sequence[SweepResult], path: Path) -> None:
-    """Plot perplexity against the time for pruning; does nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 — an optional dependency
-    except ImportError:
-        return
+    """Plot perplexity against the time for pruning."""
+    from matplotlib.figure import Figure
+
     finished = [r for r in results if r.perplexity is not None and r.seconds is not None]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 
 from symprune_lightning import __version__
+from symprune_lightning.cli.help import HELP, PRUNE_HELP, SUMMARIES, TOPICS, section, suggestion
 from symprune_lightning.errors import (
     PruningError,
     RankError,
@@ -16,30 +20,10 @@ from symprune_lightning.errors import (
     VerificationError,
 )
 
-HELP = """usage: symprune COMMAND ...
-
-  prune     evaluate a model, prune it, evaluate it again, write the checkpoint
-  compare   several recipes on the same model and tokens
-  data      the sequences that a recipe would feed to the model
-  eval      tasks of lm-evaluation-harness on the dense and on the pruned model
-  verify    verify a checkpoint against its manifest
-  apply     zero the weights of a dense model by stored masks
-  list      scores, refiners, weight updates, solvers, allocations, patterns, recipes
-  validate, test, fit   as in LightningCLI, with pruning
-
-examples:
-  symprune prune --config ria-exactswap --output pruned
-  symprune prune --config ria --model.pretrained ./my-model \\
-      --data.dataset my-texts.jsonl --pruning.sparsity 0.6 --output pruned
-  symprune compare ria wanda --output runs/compare --data.sequences=16
-  symprune verify pruned
-
-`symprune COMMAND --help` shows the options of a command. SYMPRUNE_TRACEBACK=1 shows tracebacks.
-"""
-
 USER_ERRORS = (
     ValueError,
     TypeError,
+    ImportError,
     OSError,
     PruningError,
     RankError,
@@ -124,17 +108,42 @@ def _apply(arguments: list[str]) -> None:
 
 
 def _list(arguments: list[str]) -> None:
-    if arguments:
-        raise ValueError(f"symprune list takes no arguments: {' '.join(arguments)}")
+    parser = argparse.ArgumentParser(
+        prog="symprune list",
+        description="Print all scores, refiners, weight updates, solvers, allocations, patterns "
+        "and recipes of this installation.",
+    )
+    parser.parse_args(arguments)
     from symprune_lightning.cli.list import list_methods
 
     list_methods()
 
 
-def _lightning(arguments: list[str]) -> None:
+def _lightning(command: str, arguments: list[str]) -> None:
+    if "--help" in arguments or "-h" in arguments:
+        _print_help(command, arguments)
+        return
     from symprune_lightning.cli.parser import run
 
-    run(arguments)
+    run([command, *arguments])
+
+
+def _print_help(command: str, arguments: list[str]) -> None:
+    """Print the help of a subcommand of LightningCLI, or of the topic after ``--help``."""
+    position = arguments.index("--help") if "--help" in arguments else arguments.index("-h")
+    topic = "".join(arguments[position + 1 : position + 2])
+    if not topic or topic.startswith("-"):
+        print(PRUNE_HELP.format(command=command, summary=SUMMARIES[command]), end="")
+        return
+    topics = ["pruning", *TOPICS, "all"]
+    if topic not in topics:
+        raise ValueError(f"there is no help on {topic!r}; topics are: {', '.join(topics)}")
+    from symprune_lightning.cli.parser import run
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        run([command, "--pruning.help" if topic == "pruning" else "--help"])
+    print(text.getvalue() if topic in ("pruning", "all") else section(text.getvalue(), topic))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -148,31 +157,59 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 """Commands that are not subcommands of LightningCLI."""
 
 
+def _run(arguments: list[str]) -> None:
+    if arguments[:1] in ([], ["--help"], ["-h"]):
+        print(HELP, end="")
+    elif arguments == ["--version"]:
+        print(f"symprune-lightning {__version__}")
+    elif arguments[0] in COMMANDS:
+        COMMANDS[arguments[0]](arguments[1:])
+    elif arguments[0] in SUMMARIES:
+        _lightning(arguments[0], arguments[1:])
+    else:
+        commands = ["prune", *COMMANDS, *(name for name in SUMMARIES if name != "prune")]
+        raise ValueError(
+            f"there is no command {arguments[0]!r}{suggestion(arguments[0], commands)} The "
+            f"commands are: {', '.join(commands)}"
+        )
+
+
+def _exit_code_of(stop: BaseException) -> int | None:
+    """Return 128 + the number of the signal that has ended the run; ``None`` for another end."""
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        return 128 + signal.SIGINT  # Lightning turns KeyboardInterrupt into SystemExit
+    # the class is Lightning's, which --help does not import
+    if type(stop).__name__ == "SIGTERMException":
+        return 128 + signal.SIGTERM
+    return None
+
+
 def main() -> None:
     """Run the command line of this process."""
     arguments = sys.argv[1:]
     # recipes may name the user's classes; last, so that installed packages take precedence
     sys.path.append(os.getcwd())
     try:
-        if arguments[:1] in ([], ["--help"], ["-h"]):
-            print(HELP, end="")
-        elif arguments == ["--version"]:
-            print(f"symprune-lightning {__version__}")
-        elif arguments[0] in COMMANDS:
-            COMMANDS[arguments[0]](arguments[1:])
-        else:
-            _lightning(arguments)
+        _run(arguments)
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning turns KeyboardInterrupt into SystemExit
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+        code = _exit_code_of(stop)
+        if code is None:
             raise
         # only these keep a journal
         resumes = arguments[0] in ("prune", "compare") and "--output" in " ".join(arguments)
-        sys.exit(f"symprune: interrupted{'; rerun the same command to resume' * resumes}")
-    except USER_ERRORS as error:
+        advice = "; rerun the same command to resume" * resumes
+        print(f"symprune: interrupted{advice}", file=sys.stderr)
+        sys.exit(code)
+    except Exception as error:
         if os.environ.get("SYMPRUNE_TRACEBACK"):
             raise
-        sys.exit(f"symprune: {error}")
+        if isinstance(error, USER_ERRORS):
+            sys.exit(f"symprune: {error}")
+        # of the model or of a library: its name helps to search for it
+        sys.exit(
+            f"symprune: {type(error).__name__}: {error} (SYMPRUNE_TRACEBACK=1 shows where it was "
+            f"raised)"
+        )
 
 
 if __name__ == "__main__":

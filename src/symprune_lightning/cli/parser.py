@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from symprune_lightning.callbacks.distillation import refuse_distillation
 from symprune_lightning.callbacks.pruning import PruningCallback, find_pruning_callback
 from symprune_lightning.callbacks.symprune import SymPrune
+from symprune_lightning.cli.arguments import expand, usage_message
 from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
@@ -31,6 +32,12 @@ class PathParser(LightningArgumentParser):
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
         """Add arguments without ``sub_configs``."""
         return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one sentence, and exit with code 2."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        sentence = usage_message(message, parser._option_string_actions)
+        self.exit(2, f"symprune: {sentence}\n")
 
 
 class PruningCLI(LightningCLI):
@@ -97,6 +104,28 @@ class PruningCLI(LightningCLI):
 
     before_test = before_validate
 
+    def before_fit(self) -> None:
+        """Refuse a pruning callback that would have no effect.
+
+        Raises:
+            ValueError: No pruning callback prunes in ``fit``.
+        """
+        pruning = [c for c in self.trainer.callbacks if isinstance(c, PruningCallback)]
+        if pruning and all(c.when in ("validate", "test") for c in pruning):
+            raise ValueError(
+                f"symprune fit prunes nothing with when={pruning[0].when!r}: use --when fit_start "
+                f"(with the callback MaskedFinetuning) or --when fit_end"
+            )
+
+    def after_validate(self) -> None:
+        """Print the result, if a callback has pruned and evaluated the dense model."""
+        callbacks = [c for c in self.trainer.callbacks if isinstance(c, PruningCallback)]
+        for callback in callbacks:
+            if self.trainer.is_global_zero and callback.result and callback.dense_metrics:
+                print(_as_text(callback))
+
+    after_test = after_validate
+
     def after_prune(self) -> None:
         """Print the result."""
         if not self.trainer.is_global_zero:
@@ -104,7 +133,11 @@ class PruningCLI(LightningCLI):
         callback = find_pruning_callback(self.trainer.callbacks)
         output = self._get(self.config, "output")
         as_json = self._get(self.config, "json")
-        print(_as_json(callback, output) if as_json else _as_text(callback, output))
+        if as_json:
+            print(_as_json(callback, output))
+            return
+        print(_as_text(callback))
+        print("no --output: nothing was written" if output is None else f"checkpoint: {output}")
 
 
 def instantiate(arguments: Sequence[str]) -> PruningCLI:
@@ -151,10 +184,10 @@ def find_recipe(name: str) -> str:
     return str(recipes[name])
 
 
-def _resolve_recipes(arguments: Sequence[str]) -> list[str]:
-    """Replace names of recipes after ``--config`` by paths."""
+def _resolve(arguments: Sequence[str]) -> list[str]:
+    """Write out short options, and replace names of recipes after ``--config`` by paths."""
     resolved: list[str] = []
-    for argument in arguments:
+    for argument in expand(arguments):
         if resolved and resolved[-1] in ("--config", "-c"):
             resolved.append(find_recipe(argument))
         elif argument.startswith("--config="):
@@ -178,7 +211,7 @@ def _make_cli(
             parser_class=PathParser,
             save_config_callback=None,
             seed_everything_default=0,
-            args=_resolve_recipes(arguments),
+            args=_resolve(arguments),
             run=run,
             # the default usage lists every option, before any error message
             parser_kwargs={
@@ -200,14 +233,12 @@ def _constructor_error(error: ValueError) -> BaseException:
     return cause
 
 
-def _as_text(callback: PruningCallback, output: str | None) -> str:
+def _as_text(callback: PruningCallback) -> str:
     assert callback.result is not None
     result = callback.result
     lines = [f"sparsity: {result.sparsity:.6f} over {len(result.layers)} layers"]
     for name, dense in callback.dense_metrics.items():
         lines.append(f"{name}: dense {dense:.4f}, pruned {callback.sparse_metrics[name]:.4f}")
-    if output is not None:
-        lines.append(f"checkpoint: {output}")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isnan
 from os import PathLike
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -84,6 +85,15 @@ class TextReader:
                 stacklevel=2,
             )
             self._skipped.clear()
+
+    def describe_rows(self) -> str:
+        """Return how many rows were read and skipped, and what makes a row of a text file."""
+        advice = ""
+        if self._num_read == 1 and Path(self.name).suffix.lower() == ".txt":
+            advice = "; texts of a .txt file are separated by empty lines"
+        if not self._skipped:
+            return f"{self.name} has {self._num_read} texts{advice}"
+        return f"{self.describe_skipped()}{advice}"
 
     def describe_skipped(self) -> str:
         """Return how many of the rows that were read have no text."""

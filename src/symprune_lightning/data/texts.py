@@ -83,6 +83,7 @@ class TextSource:
 
         Raises:
             FileNotFoundError: ``path`` is a text file that does not exist.
+            ValueError: The file is empty, or has another format.
         """
         path = Path(self.path).expanduser()
         file_format = self._file_format
@@ -102,13 +103,19 @@ class TextSource:
             options["sample_by"] = "paragraph"
         if ".tsv" in _suffixes(path):
             options["sep"] = "\t"
-        return datasets.load_dataset(
-            file_format,
-            data_files=str(path),
-            split=self.split,
-            streaming=self.streaming,
-            **options,
-        )
+        try:
+            return datasets.load_dataset(
+                file_format,
+                data_files=str(path),
+                split=self.split,
+                streaming=self.streaming,
+                **options,
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            reason = error.__cause__ or error
+            raise ValueError(
+                f"{path} has no text, or is no {file_format} file: {reason}"
+            ) from error
 
 
 # The order matters: jsonargparse tries the members of a union from left to right. {"path": ...} has

@@ -86,7 +86,7 @@ class TokenReader:
         try:
             windows = self._filled(ids, count, prefix, split)
         except ValueError as error:
-            raise ValueError(f"{error} ({self._texts.describe_skipped()})") from None
+            raise ValueError(f"{error} ({self._texts.describe_rows()})") from None
         self._texts.report_skipped()
         return windows
 

@@ -37,7 +37,7 @@ def atomic_file(path: Path, suffix: str = PARTIAL) -> Iterator[Path]:
     tmp = hidden_sibling(path, suffix)
     try:
         yield tmp
-        _fsync(tmp)
+        _finish_file(tmp)
         tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -63,7 +63,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield tmp
         for folder, _, names in os.walk(tmp):
             for name in names:
-                _fsync(Path(folder, name))
+                _finish_file(Path(folder, name))
             _fsync(Path(folder))
         _replace_directory(tmp, path, backup)
     finally:
@@ -95,6 +95,15 @@ def _replace_directory(tmp: Path, path: Path, backup: Path) -> None:
     else:
         tmp.rename(path)
     _fsync(path.parent)
+
+
+def _finish_file(path: Path) -> None:
+    """Give a file the permissions of any new one, and write it to the disk."""
+    # safetensors makes files that only their owner can read, whatever the umask
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    _fsync(path)
 
 
 def _fsync(path: Path) -> None:

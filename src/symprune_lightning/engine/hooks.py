@@ -37,6 +37,15 @@ class PruningHooks:
             layers: Names of the layers to prune, in model order.
         """
 
+    def on_resume(self, folder: Path, layers: Sequence[str]) -> None:
+        """Called before calibration, if a journal has layers of an earlier run.
+
+        Args:
+            folder: Folder of the journal.
+            layers: Names of the recorded layers. Those of the last block are pruned once more and
+                compared.
+        """
+
     def on_layer_scored(self, layer: str, scores: Tensor, mask: Tensor) -> None:
         """Called with the scores of a layer and its mask before refining.
 

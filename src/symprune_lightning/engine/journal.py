@@ -98,6 +98,11 @@ class Journal:
         blocks = {name: _block_entry(**header) for name, header in headers["blocks"].items()}
         self._finished_blocks = {n: e for n, e in blocks.items() if e.file_index < last}
 
+    @property
+    def recorded(self) -> list[str]:
+        """Names of all recorded layers, also of the last block, which is pruned once more."""
+        return [*self._finished, *self._last_block]
+
     def is_finished(self, layer: str) -> bool:
         """Return whether the layer is recorded and need not be pruned again."""
         return layer in self._finished

@@ -37,6 +37,9 @@ Refine = Refiners | Mapping[str, Refiners] | None
 Experts = Literal["routed", "all"]
 """Which tokens the experts of a mixture are measured on: those routed to each, or all."""
 
+DEFAULT_SPARSITY = 0.5
+"""Fraction of zeros without further settings."""
+
 Unreached = Literal["dense", "magnitude"]
 """How layers that no calibration token reached are handled: left dense, or pruned by magnitude."""
 
@@ -50,7 +53,7 @@ class PruningMethod:
     Attributes:
         score: Importance of each weight.
         sparsity: Fraction of zeros in each group, in ``[0, 1)``; or by layer name.
-        pattern: Replaces ``sparsity`` and ``group`` if given.
+        pattern: Replaces ``sparsity`` and ``group`` if given; another sparsity is refused.
         group: Which weights compete.
         refine: Layer name or regular expression to the refiners that improve its mask, in order.
         update: Changes the kept weights to compensate for the pruned ones.
@@ -73,7 +76,7 @@ class PruningMethod:
     """
 
     score: Score = field(default_factory=RIA)
-    sparsity: Sparsity = 0.5
+    sparsity: Sparsity = DEFAULT_SPARSITY
     pattern: Pattern | None = None
     group: Group = "output"
     refine: Mapping[str, Sequence[MaskRefiner]] = field(default_factory=dict)
@@ -111,8 +114,11 @@ class PruningMethod:
             solver: A solver or its name.
             allocation: An allocation or its name.
             reconstruct: The reconstruction; ``True`` for the default one.
-            settings: The other attributes.
+            settings: The other attributes; ``ignore`` and ``only`` may be one string.
         """
+        for name in ("ignore", "only"):
+            if isinstance(settings.get(name), str):
+                settings[name] = [settings[name]]
         solvers = {cls.__name__.lower() for cls in leaves(LayerSolver)}  # type: ignore[type-abstract]
         if isinstance(score, str) and score.lower() in solvers:
             raise ValueError(f"{score!r} is a solver, not a score: use solver={score!r}")
@@ -184,6 +190,8 @@ class PruningMethod:
 
     def scaled(self, fraction: float) -> PruningMethod:
         """Return the method with every sparsity multiplied by ``fraction``."""
+        if self.pattern is not None:
+            return self
         if isinstance(self.sparsity, Mapping):
             levels = {name: level * fraction for name, level in self.sparsity.items()}
             return replace(self, sparsity=levels)
@@ -202,12 +210,7 @@ class PruningMethod:
                 )
 
     def _check_types(self) -> None:
-        """Refuse strings where lists or numbers are expected."""
-        for name, entries in (("ignore", self.ignore), ("only", self.only)):
-            if isinstance(entries, str):
-                raise ValueError(
-                    f"{name} is the string {entries!r}; pass a list: {name}=[{entries!r}]"
-                )
+        """Refuse strings where numbers are expected."""
         levels = self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]
         for level in levels:
             if isinstance(level, bool) or not isinstance(level, Real):
@@ -216,6 +219,12 @@ class PruningMethod:
                 )
 
     def _check_group(self) -> None:
+        pattern = self.pattern
+        if pattern is not None and self.sparsity not in (DEFAULT_SPARSITY, pattern.sparsity):
+            raise ValueError(
+                f"sparsity={self.sparsity} has no effect with {pattern}, which prunes "
+                f"{pattern.sparsity:.0%} of the weights: pass one of them"
+            )
         orders: dict[str, tuple[CalibrationOrder, ...]]
         orders = {"block": ("block", "dense"), "model": ("dense",)}
         group = self.budget(0.0).group

@@ -30,7 +30,14 @@ from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.names import unwrapped
 from symprune_lightning.engine.layers.select import decoder_blocks, prunable_layers
-from symprune_lightning.engine.method import Experts, PruningMethod, Refine, Sparsity, Unreached
+from symprune_lightning.engine.method import (
+    DEFAULT_SPARSITY,
+    Experts,
+    PruningMethod,
+    Refine,
+    Sparsity,
+    Unreached,
+)
 from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.plan import PruningPlan
 from symprune_lightning.engine.result import PruneResult, Trial
@@ -73,7 +80,7 @@ def prune_model(
     batches: Iterable[Any],
     *,
     score: Score | str = "ria",
-    sparsity: Sparsity = 0.5,
+    sparsity: Sparsity = DEFAULT_SPARSITY,
     pattern: Pattern | str | None = None,
     group: Group = "output",
     refine: Refine = None,
@@ -85,8 +92,8 @@ def prune_model(
     gradient_batches: int | None = None,
     experts: Experts = "routed",
     unreached: Unreached = "dense",
-    ignore: Sequence[str] = (),
-    only: Sequence[str] | None = None,
+    ignore: Sequence[str] | str = (),
+    only: Sequence[str] | str | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
     placement: WeightPlacement | None = None,
@@ -244,7 +251,7 @@ def prune_with(
         eval_mode(model),
         _no_cache(model),
     ):
-        journal = _open_journal(options.journal, plan, calibration)
+        journal = _open_journal(options, plan, calibration)
         sensitivity: dict[str, Statistics] = {}
         if method.needs_sensitivity:
             sensitivity = measure_sensitivity(
@@ -312,12 +319,14 @@ def _check_reconstruction(
 
 
 def _open_journal(
-    folder: str | PathLike[str] | None, plan: PruningPlan, calibration: Calibration
+    options: RunOptions, plan: PruningPlan, calibration: Calibration
 ) -> Journal | None:
-    if folder is None:
+    if options.journal is None:
         return None
-    journal = Journal(folder, calibration.communicator)
+    journal = Journal(options.journal, calibration.communicator)
     journal.open(run_fingerprint(plan, calibration))
+    for hook in options.hooks if journal.recorded else ():
+        hook.on_resume(journal.folder, journal.recorded)
     return journal
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -157,6 +158,7 @@ class NM(Pattern):
             in the order of ``PruneResult.permutations``, it is N:M.
 
     Raises:
+        ModuleNotFoundError: ``permute`` needs scipy, which is not installed.
         ValueError: Not ``0 < n < m``.
 
     Examples:
@@ -170,6 +172,10 @@ class NM(Pattern):
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2104.08378"
 
     def __post_init__(self) -> None:
+        if self.permute and find_spec("scipy") is None:
+            raise ModuleNotFoundError(
+                "channel permutation uses scipy: pip install 'symprune-lightning[permute]'"
+            )
         if not 0 < self.n < self.m:
             raise ValueError(f"pattern {self.n}:{self.m} must keep n of m inputs with 0 < n < m")
 

@@ -121,7 +121,7 @@ def test_blocks_are_found_by_structure(name):
     assert len(blocks) == 2
     assert type(blocks[0]) is type(blocks[1])
     inside = [layer for layer in layers if any(layer.module in b.modules() for b in blocks)]
-    assert len(layers) - len(inside) == (1 if name == "vit" else 0)  # ViT's classifier
+    assert len(layers) == len(inside)
 
 
 def test_settings_by_layer_take_the_first_match():

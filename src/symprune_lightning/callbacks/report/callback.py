@@ -9,11 +9,11 @@ import base64
 import json
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -83,6 +83,9 @@ class Report(Callback, PruningHooks):
             used with several processes, nor for a streamed checkpoint.
         new_tokens: Number of tokens to generate for each prompt.
 
+    Raises:
+        ModuleNotFoundError: matplotlib or jinja2 is not installed.
+
     Examples:
         >>> Report(prompts=["The weather is"]).prompts
         ['The weather is']
@@ -94,6 +97,11 @@ class Report(Callback, PruningHooks):
         prompts: Sequence[str] = PROMPTS,
         new_tokens: int = 40,
     ) -> None:
+        for package in ("matplotlib", "jinja2"):
+            if find_spec(package) is None:
+                raise ModuleNotFoundError(
+                    f"Report needs {package}: pip install 'symprune-lightning[report]'"
+                )
         self.folder = folder
         self.prompts = list(prompts)
         self.new_tokens = new_tokens
@@ -189,6 +197,8 @@ class Report(Callback, PruningHooks):
         return folder / PAGE
 
     def _page(self, manifest: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
         loader = PackageLoader("symprune_lightning.callbacks.report", ".")
         environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
         metrics = manifest["metrics"]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from torch import Tensor
+
+if TYPE_CHECKING:  # an optional dependency
+    from matplotlib.figure import Figure
 
 GRAY, BLUE, ORANGE, GREEN = "#888888", "#4a90d9", "#e08a3c", "#3c9a6a"
 BINS = 60
@@ -160,6 +161,19 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def _figure(size: tuple[float, float]) -> Figure:
+    """Return an empty figure of a size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def _color_map(name: str) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps[name]
+
+
 def _axes(figure: Figure, *position: int) -> Any:
     """Add axes in neutral colors to a figure, at a position as in ``add_subplot``."""
     axes = figure.add_subplot(*(position or (1, 1, 1)))
@@ -173,7 +187,7 @@ def _axes(figure: Figure, *position: int) -> Any:
 
 def _line_plot(layers: LayerReports, title: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
     """Plot values over the layers: a key of the report, a color and a label for each line."""
-    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    figure = _figure((8, 2.8))
     axes = _axes(figure)
     for key, color, label in lines:
         values = [layer.get(key) for layer in layers]
@@ -184,9 +198,9 @@ def _line_plot(layers: LayerReports, title: str, lines: Sequence[tuple[str, str,
 
 def _reconstruction_plot(blocks: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot a curve per block: its held-out error by epoch, relative to that before training."""
-    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    figure = _figure((8, 2.8))
     axes = _axes(figure)
-    colors = colormaps["viridis"]
+    colors = _color_map("viridis")
     for i, block in enumerate(blocks):
         errors = block["errors"]
         color = colors(i / max(len(blocks) - 1, 1))
@@ -211,7 +225,7 @@ def _heat_map(experts: Mapping[str, Sequence[int]]) -> Figure:
     """Show the tokens of every expert: a row for each parameter that holds experts."""
     width = max(len(counts) for counts in experts.values())
     rows = [[*counts, *[float("nan")] * (width - len(counts))] for counts in experts.values()]
-    figure = Figure(figsize=(8, 0.9 + 0.22 * len(rows)), layout="constrained")
+    figure = _figure((8, 0.9 + 0.22 * len(rows)))
     axes = _axes(figure)
     image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     axes.set_yticks(range(len(rows)), [".".join(name.split(".")[-5:]) for name in experts])
@@ -225,7 +239,7 @@ def _heat_map(experts: Mapping[str, Sequence[int]]) -> Figure:
 
 
 def _bar_chart(times: Mapping[str, float]) -> Figure:
-    figure = Figure(figsize=(8, 0.5 + 0.32 * len(times)), layout="constrained")
+    figure = _figure((8, 0.5 + 0.32 * len(times)))
     axes = _axes(figure)
     names = list(times)[::-1]
     bars = axes.barh(names, [times[name] for name in names], color=BLUE)
@@ -238,7 +252,7 @@ def _bar_chart(times: Mapping[str, float]) -> Figure:
 def _grid(names: Sequence[str], draw: Callable[[Any, str], None]) -> Figure:
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(8, 2.4 * rows), layout="constrained")
+    figure = _figure((8, 2.4 * rows))
     for i, name in enumerate(names):
         axes = _axes(figure, rows, columns, i + 1)
         axes.set_title(".".join(name.split(".")[-4:]), fontsize=7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -43,11 +44,25 @@ class Calibration:
 
 
 def call_model(model: nn.Module, batch: Any) -> object:
-    """Call a model: mappings as keyword arguments, tuples and lists as positional ones."""
+    """Call a model: mappings as keyword arguments, tuples and lists as positional ones.
+
+    Raises:
+        TypeError: The model has other arguments.
+    """
     if isinstance(batch, Mapping):
         check_batch(model, batch)
         return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    if not isinstance(batch, tuple | list):
+        return model(batch)
+    try:
+        inspect.signature(model.forward).bind(*batch)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(model).__name__}.forward does not take a batch of {len(batch)} values: {error} "
+            f"(tuples and lists are passed as positional arguments; if a batch has labels too, "
+            f"pass forward=lambda model, batch: model(batch[0]))"
+        ) from error
+    return model(*batch)
 
 
 def logits_of(output: object) -> Tensor | None:

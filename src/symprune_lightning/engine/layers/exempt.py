@@ -1,4 +1,4 @@
-"""Layers that are not pruned unless they are named: routers, output projections, adapters."""
+"""Layers that are not pruned unless they are named: heads, routers, adapters, embeddings."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ OUTPUT_PROJECTION = "output projection"
 ROUTER = "router"
 ADAPTER = "adapter"
 PATCH_EMBEDDING = "patch embedding"
+HEAD = "head"
 MAX_IMAGE_CHANNELS = 4
 """Input channels of images; convolutions between feature maps have more."""
 
@@ -23,6 +24,9 @@ def exempt_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
 
     - Output projections: what ``get_output_embeddings`` returns, and layers named ``lm_head``.
       Often tied to the embeddings, and sensitive.
+    - Heads: linear layers of a model of transformers that are outside its base model, such as
+      ``classifier``, and what ``get_classifier`` of a model of timm returns. They are small, and
+      every prediction depends on each of their rows.
     - Routers: the gate of a mixture of experts, and the gate of its shared expert. They are small,
       and errors change which experts receive a token.
     - Adapters of peft: they are trained, and begin with zeros.
@@ -34,10 +38,12 @@ def exempt_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
         layers: All its layers.
 
     Returns:
-        Layer name to ``"output projection"``, ``"router"``, ``"adapter"`` or ``"patch embedding"``.
+        Layer name to ``"output projection"``, ``"head"``, ``"router"``, ``"adapter"`` or ``"patch
+        embedding"``.
     """
     modules: dict[nn.Module, str] = {}
     for finder, reason in (
+        (_heads, HEAD),
         (_output_projections, OUTPUT_PROJECTION),
         (_routers, ROUTER),
         (_adapters, ADAPTER),
@@ -49,6 +55,24 @@ def exempt_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
         if re.fullmatch(r"(.*\.)?lm_heads?(\..*)?", layer.name):
             exempt.setdefault(layer.name, OUTPUT_PROJECTION)
     return exempt
+
+
+def _heads(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
+    """Yield the modules of heads; those of transformers and timm tell them from the rest."""
+    for module in model.modules():
+        base = getattr(module, str(getattr(module, "base_model_prefix", "")) or "-", None)
+        if isinstance(base, nn.Module) and base is not module:
+            for child in module.children():
+                parts = [part for part in child.modules() if part is not base]
+                # a tower next to the base model has blocks; a head has none
+                is_head = not any(isinstance(part, nn.ModuleList) for part in parts)
+                if child is not base and is_head:
+                    yield from (part for part in parts if isinstance(part, nn.Linear))
+        classifier = getattr(module, "get_classifier", None)
+        if callable(classifier):
+            head = classifier()
+            if isinstance(head, nn.Module):
+                yield from head.modules()
 
 
 def _output_projections(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:

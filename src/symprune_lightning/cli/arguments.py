@@ -1,0 +1,97 @@
+"""Arguments of LightningCLI: short options, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from symprune_lightning.callbacks.symprune import SymPrune
+from symprune_lightning.cli.help import suggestion
+
+METHOD = frozenset(inspect.signature(SymPrune).parameters)
+"""Settings of the method: ``--sparsity`` is short for ``--pruning.sparsity``."""
+
+SOURCES = ("--data.dataset", "--data.evaluation")
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with short options written out.
+
+    - ``--sparsity 0.6`` becomes ``--pruning.sparsity 0.6``, as all settings of the method.
+    - ``--data.dataset my.jsonl --data.dataset.column body`` becomes a ``TextSource`` with this path
+      and column.
+
+    Examples:
+        >>> expand(["--score", "wanda", "--score.alpha=1"])
+        ['--pruning.score', 'wanda', '--pruning.score.alpha=1']
+    """
+    expanded = list(_split(arguments))
+    for source in SOURCES:
+        has_settings = any(x.startswith(f"{source}.") for x in expanded)
+        is_class = any(x.startswith((f"{source}.path", f"{source}.class_path")) for x in expanded)
+        if has_settings and not is_class and source in expanded[:-1]:
+            position = expanded.index(source)
+            path = expanded[position + 1]
+            expanded[position + 1 : position + 2] = [
+                "symprune_lightning.TextSource",
+                f"{source}.path",
+                path,
+            ]
+    return expanded
+
+
+def _split(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield arguments with method settings written out, and ``--data.dataset=x`` as two."""
+    for argument in arguments:
+        match = re.match(r"--(\w+)(?=[.+=]|$)", argument)
+        name, equals, value = argument.partition("=")
+        if match is not None and match[1] in METHOD:
+            yield f"--pruning.{argument.removeprefix('--')}"
+        elif equals and name in SOURCES:
+            yield from (name, value)
+        else:
+            yield argument
+
+
+def usage_message(message: str, options: Iterable[str]) -> str:
+    """Return one sentence for an error of jsonargparse.
+
+    Args:
+        message: Its message, which lists all types of a union with their values.
+        options: Option strings of the parser, such as ``"--data.dataset"``.
+    """
+    known = [*options, *(f"--{name}" for name in METHOD), *(f"--pruning.{name}" for name in METHOD)]
+    unknown = re.match(r"unrecognized arguments: (\S+)", message)
+    if unknown is not None:
+        return _unknown(unknown[1].partition("=")[0], known)
+    if "arguments are required" in message and "pretrained" in message:
+        return (
+            "model and data are missing: name a recipe, such as --config ria (`symprune list`), "
+            "or pass --model.pretrained and --data.dataset"
+        )
+    return _invalid_value(message, known)
+
+
+def _invalid_value(message: str, known: Sequence[str]) -> str:
+    """Return one sentence for an error that lists all types of an option."""
+    option = "--" + ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    refused = re.search(r"Option '([\w.]+)' is not accepted", message)
+    problem = re.search(r"Problem with given class_path '[\w.]+':\s*([^\n]+)", message)
+    expected = re.findall(r"Expected an? <class '([\w.]+)'>", message.partition("Given value")[0])
+    value = re.search(r"(?:Given value|Got value): (.*)", message)
+    if refused is not None and option == "--":
+        hint = suggestion(refused[1], sorted(METHOD)) or ": see `symprune list` and --help pruning"
+        message = f"the method has no setting {refused[1]!r}{hint}"
+    elif refused is not None:
+        message = _unknown(f"{option}.{refused[1]}", known)
+    elif problem is not None and "Parser key" not in problem[1]:
+        message = f"{option}: {problem[1]}"
+    elif expected and value is not None and option != "--":
+        types = " or ".join(dict.fromkeys(expected))
+        message = f"{option} is {value[1]!r}, which is no {types}"
+    return message
+
+
+def _unknown(option: str, known: Sequence[str]) -> str:
+    return f"there is no option {option}{suggestion(option, list(known)) or '; see --help all'}"
