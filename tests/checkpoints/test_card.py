@@ -25,12 +25,26 @@ def test_the_card_lists_method_and_metrics():
     assert "# base (pruned)" in card
     assert "50.0 % of the weights" in card
     assert "no faster" in card
-    assert "| score | `{'name': 'RIA', 'alpha': 0.5}` |" in card
+    assert "| score | `RIA(alpha=0.5)` |" in card
     assert "| val_loss | `1.0000` | `1.2500` |" in card
     assert "| accuracy | `` | `0.5000` |" in card
     # settings that are not in use are left out
     assert "update" not in card
     assert "refine" not in card
+
+
+def test_the_card_names_the_data_and_refiners():
+    refiner = {"name": "R2DSnoT", "guard": "gram"}
+    settings = {"score": {"name": "Wanda"}, "refine": {"re:.*": [refiner, {"name": "ExactSwap"}]}}
+    source = {"path": "org/texts", "name": None, "split": "train"}
+    data = {"dataset": source, "sequences": 8, "seed": 0, "evaluation": None}
+    card = model_card({"settings": settings, "data": data, "architecture": "BertModel"})
+    assert "# BertModel (pruned)" in card
+    assert "| score | `Wanda` |" in card
+    assert "| refine | `re:.*: R2DSnoT(guard='gram'), ExactSwap` |" in card
+    assert "| dataset | `path: org/texts, split: train` |" in card
+    assert "| seed | `0` |" in card
+    assert "evaluation" not in card
 
 
 def test_the_metadata_can_be_parsed():

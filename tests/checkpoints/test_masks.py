@@ -78,3 +78,13 @@ def test_files_without_masks(tmp_path):
     (tmp_path / "masks.safetensors").write_bytes(data[:-3])
     with pytest.raises(ValueError, match=r"masks.safetensors holds no masks that can be read"):
         load_masks(tmp_path / "masks.safetensors")
+
+
+def test_masks_of_a_part_of_the_model():
+    model = build("llama")
+    masks = prune_model(build("llama"), batches()).masks
+    project = torch.nn.ModuleDict({"inner": model})
+    message = r"it has a layer inner.model.layers.0.* part 'inner', pass that module"
+    with pytest.raises(ValueError, match=message):
+        apply_masks(project, masks)
+    apply_masks(project["inner"], masks)

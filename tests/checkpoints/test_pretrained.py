@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 
+from symprune_lightning.checkpoints import pretrained
 from symprune_lightning.checkpoints.pretrained import (
     load_model,
     load_tokenizer,
@@ -166,3 +168,19 @@ def test_local_folder_of_paths_and_cached_hub_models(tmp_path, monkeypatch):
     assert local_folder(str(snapshot)) == snapshot
     for missing in ("", "org/other", "./no/such/model", "not a hub name"):
         assert local_folder(missing) is None
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_hub_that_cannot_be_reached(load, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    message = r"org/no-model is no folder here and not in the cache, and http://127.0.0.1:9 cannot"
+    with pytest.raises(OSError, match=message):
+        load("org/no-model")
+
+
+def test_gguf_needs_its_package(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"symprune-lightning\[gguf\]"):
+        load_model(str(tmp_path / "model.gguf"))

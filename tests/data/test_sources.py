@@ -179,3 +179,19 @@ def test_the_names_of_rows_are_those_of_the_file(tmp_path):
     reader = TextReader(csv(tmp_path), 0, "the texts")
     assert next(iter(reader)) in texts()
     assert reader.name.endswith("a.csv")
+
+
+def test_files_without_text(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match=r"empty.txt has no text, or is no text file"):
+        CalibrationDataModule(str(tmp_path / "empty.txt"), tokenizer(), **SIZES).setup()
+    (tmp_path / "no.jsonl").write_text("no json")
+    with pytest.raises(ValueError, match=r"no.jsonl has no text, or is no json file"):
+        CalibrationDataModule(str(tmp_path / "no.jsonl"), tokenizer(), **SIZES).setup()
+
+
+def test_a_text_file_without_empty_lines_is_one_text(tmp_path):
+    (tmp_path / "one.txt").write_text("\n".join(texts(3)))
+    message = r"one.txt has 1 texts; texts of a .txt file are separated by empty lines"
+    with pytest.raises(ValueError, match=message):
+        CalibrationDataModule(str(tmp_path / "one.txt"), tokenizer(), **SIZES).setup()

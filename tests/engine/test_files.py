@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from symprune_lightning.engine.files import atomic_directory, atomic_file
 
@@ -61,3 +63,20 @@ def test_a_killed_write_leaves_one_complete_version(tmp_path):
         assert os.listdir(folder.parent) == ["it"]
         seen.add(text)
     assert seen == {"old", "new"}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_files_have_the_permissions_of_any_new_file(tmp_path, mask):
+    """Those that safetensors writes can be read by their owner only."""
+    before = os.umask(mask)
+    try:
+        with atomic_file(tmp_path / "a.safetensors") as tmp:
+            save_file({"x": torch.zeros(1)}, tmp)
+        with atomic_directory(tmp_path / "folder") as folder:
+            save_file({"x": torch.zeros(1)}, folder / "b.safetensors")
+        (tmp_path / "plain").write_text("")
+    finally:
+        os.umask(before)
+    plain = (tmp_path / "plain").stat().st_mode
+    for name in ("a.safetensors", "folder/b.safetensors"):
+        assert (tmp_path / name).stat().st_mode == plain

@@ -372,3 +372,13 @@ def test_score_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"layer 0: Broadcast returned scores of shape \(1, 16\)"):
         prune_model(model, [torch.randn(4, 16)], score=Broadcast())
     assert (model[0].weight != 0).all()
+
+
+def test_batches_with_labels_are_explained():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    batches = [(torch.randn(8, 4), torch.zeros(8))]
+    message = r"does not take a batch of 2 values: .*pass forward=lambda model, batch"
+    with pytest.raises(TypeError, match=message):
+        prune_model(model, batches)
+    result = prune_model(model, batches, forward=lambda model, batch: model(batch[0]))
+    assert result.sparsity == 0.5

@@ -23,6 +23,17 @@ PIPELINES = (
 )
 """Classes of transformers, by model type, and the pipeline that the Hub shows for them."""
 
+DATA = (
+    "dataset",
+    "sequences",
+    "samples",
+    "calibration_batches",
+    "sequence_length",
+    "add_bos",
+    "seed",
+)
+"""Settings of the calibration data that are shown, as far as the data module has them."""
+
 
 def model_card(manifest: Mapping[str, Any]) -> str:
     """Return the ``README.md`` of a checkpoint: base model, license, method and metrics.
@@ -43,7 +54,8 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         pipeline_tag=_pipeline_tag(str(manifest.get("architecture", ""))),
         tags=["pruned", "sparse", "symprune-lightning"],
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_lines(Path(model).name, manifest)) + "\n"
+    name = Path(model).name or str(manifest.get("architecture", ""))
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_lines(name, manifest)) + "\n"
 
 
 def _pipeline_tag(architecture: str) -> str | None:
@@ -88,7 +100,11 @@ def _lines(name: str, manifest: Mapping[str, Any]) -> Iterator[str]:
     )
     yield from _coverage(manifest.get("coverage") or {})
     settings = {k: v for k, v in manifest.get("settings", {}).items() if v not in (None, [], {})}
-    yield from _table("Method", ("setting", "value"), settings.items())
+    method = [(name, _short(value)) for name, value in settings.items()]
+    yield from _table("Method", ("setting", "value"), method)
+    data = manifest.get("data") or {}
+    shown = [(name, _short(data[name])) for name in DATA if data.get(name) is not None]
+    yield from _table("Calibration data", ("setting", "value"), shown)
     distillation = manifest.get("distillation") or {}
     yield from _table("Distillation", ("setting", "value"), distillation.items())
     metrics = manifest.get("metrics", {})
@@ -97,13 +113,25 @@ def _lines(name: str, manifest: Mapping[str, Any]) -> Iterator[str]:
     yield from _table("Metrics", ("metric", "dense", "pruned"), rows)
 
 
+def _short(value: Any) -> Any:
+    """Return a method or a source as a call, such as ``R2DSnoT(guard='gram')``."""
+    if isinstance(value, list):
+        return ", ".join(str(_short(part)) for part in value)
+    if not isinstance(value, Mapping):
+        return value
+    if "name" in value and "path" not in value:  # a source has a name too
+        options = ", ".join(f"{k}={v!r}" for k, v in value.items() if k != "name")
+        return f"{value['name']}({options})" if options else value["name"]
+    return ", ".join(f"{k}: {_short(v)}" for k, v in value.items() if v is not None)
+
+
 def _coverage(coverage: Mapping[str, Any]) -> Iterator[str]:
     """Lines that say which weights of the decoder blocks are not pruned."""
     if not coverage:
         return
     yield ""
     yield (
-        f"The pruned layers have {100 * coverage['fraction']:.1f} % of the weights of the decoder "
+        f"The pruned layers have {100 * coverage['fraction']:.1f} % of the weights of the model's "
         f"blocks."
     )
     left = [(w["name"], w["num_weights"], w["reason"]) for w in coverage["left_dense"][:10]]

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from symprune_lightning.callbacks.symprune import SymPrune
 from symprune_lightning.cli.help import suggestion
-
-METHOD = frozenset(inspect.signature(SymPrune).parameters)
-"""Settings of the method: ``--sparsity`` is short for ``--pruning.sparsity``."""
 
 SOURCES = ("--data.dataset", "--data.evaluation")
 
 
-def expand(arguments: Sequence[str]) -> list[str]:
+def expand(arguments: Sequence[str], method: Collection[str]) -> list[str]:
     """Return arguments with short options written out.
+
+    Args:
+        arguments: The arguments.
+        method: Names of the settings of the method.
 
     - ``--sparsity 0.6`` becomes ``--pruning.sparsity 0.6``, as all settings of the method.
     - ``--data.dataset my.jsonl --data.dataset.column body`` becomes a ``TextSource`` with this path
       and column.
 
     Examples:
-        >>> expand(["--score", "wanda", "--score.alpha=1"])
+        >>> expand(["--score", "wanda", "--score.alpha=1"], ["score"])
         ['--pruning.score', 'wanda', '--pruning.score.alpha=1']
     """
-    expanded = list(_split(arguments))
+    expanded = list(_split(arguments, method))
     for source in SOURCES:
         has_settings = any(x.startswith(f"{source}.") for x in expanded)
         is_class = any(x.startswith((f"{source}.path", f"{source}.class_path")) for x in expanded)
@@ -41,12 +40,12 @@ def expand(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _split(arguments: Sequence[str]) -> Iterator[str]:
+def _split(arguments: Sequence[str], method: Collection[str]) -> Iterator[str]:
     """Yield arguments with method settings written out, and ``--data.dataset=x`` as two."""
     for argument in arguments:
         match = re.match(r"--(\w+)(?=[.+=]|$)", argument)
         name, equals, value = argument.partition("=")
-        if match is not None and match[1] in METHOD:
+        if match is not None and match[1] in method:
             yield f"--pruning.{argument.removeprefix('--')}"
         elif equals and name in SOURCES:
             yield from (name, value)
@@ -54,14 +53,15 @@ def _split(arguments: Sequence[str]) -> Iterator[str]:
             yield argument
 
 
-def usage_message(message: str, options: Iterable[str]) -> str:
+def usage_message(message: str, options: Iterable[str], method: Collection[str]) -> str:
     """Return one sentence for an error of jsonargparse.
 
     Args:
         message: Its message, which lists all types of a union with their values.
         options: Option strings of the parser, such as ``"--data.dataset"``.
+        method: Names of the settings of the method.
     """
-    known = [*options, *(f"--{name}" for name in METHOD), *(f"--pruning.{name}" for name in METHOD)]
+    known = [*options, *(f"--{name}" for name in method), *(f"--pruning.{name}" for name in method)]
     unknown = re.match(r"unrecognized arguments: (\S+)", message)
     if unknown is not None:
         return _unknown(unknown[1].partition("=")[0], known)
@@ -70,10 +70,10 @@ def usage_message(message: str, options: Iterable[str]) -> str:
             "model and data are missing: name a recipe, such as --config ria (`symprune list`), "
             "or pass --model.pretrained and --data.dataset"
         )
-    return _invalid_value(message, known)
+    return _invalid_value(message, known, method)
 
 
-def _invalid_value(message: str, known: Sequence[str]) -> str:
+def _invalid_value(message: str, known: Sequence[str], method: Collection[str]) -> str:
     """Return one sentence for an error that lists all types of an option."""
     option = "--" + ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     refused = re.search(r"Option '([\w.]+)' is not accepted", message)
@@ -81,7 +81,7 @@ def _invalid_value(message: str, known: Sequence[str]) -> str:
     expected = re.findall(r"Expected an? <class '([\w.]+)'>", message.partition("Given value")[0])
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     if refused is not None and option == "--":
-        hint = suggestion(refused[1], sorted(METHOD)) or ": see `symprune list` and --help pruning"
+        hint = suggestion(refused[1], sorted(method)) or ": see `symprune list` and --help pruning"
         message = f"the method has no setting {refused[1]!r}{hint}"
     elif refused is not None:
         message = _unknown(f"{option}.{refused[1]}", known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import warnings
@@ -21,6 +22,9 @@ from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
 
+METHOD = frozenset(inspect.signature(SymPrune).parameters)
+"""Settings of the method: ``--sparsity`` is short for ``--pruning.sparsity``."""
+
 
 class PathParser(LightningArgumentParser):
     """Parser that keeps a value that is the path of a file as it was written.
@@ -36,7 +40,7 @@ class PathParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one sentence, and exit with code 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
-        sentence = usage_message(message, parser._option_string_actions)
+        sentence = usage_message(message, parser._option_string_actions, METHOD)
         self.exit(2, f"symprune: {sentence}\n")
 
 
@@ -187,7 +191,7 @@ def find_recipe(name: str) -> str:
 def _resolve(arguments: Sequence[str]) -> list[str]:
     """Write out short options, and replace names of recipes after ``--config`` by paths."""
     resolved: list[str] = []
-    for argument in expand(arguments):
+    for argument in expand(arguments, METHOD):
         if resolved and resolved[-1] in ("--config", "-c"):
             resolved.append(find_recipe(argument))
         elif argument.startswith("--config="):

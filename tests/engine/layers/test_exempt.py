@@ -135,3 +135,47 @@ def test_the_head_next_to_a_mixture_is_no_router():
             self.head = nn.Linear(8, 4)
 
     assert "head" not in reasons(Net())
+
+
+def bert():
+    config = tf.BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_labels=3,
+    )
+    return tf.BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_heads_are_spared_unless_they_are_named(wrap):
+    model = nn.ModuleDict({"model": bert()}) if wrap else bert()
+    prefix = "model." if wrap else ""
+    names = [layer.name for layer in prunable_layers(model)]
+    assert f"{prefix}classifier" not in names
+    assert len(names) == 7  # six of the block, and the pooler
+    named = [layer.name for layer in prunable_layers(model, only=[f"{prefix}classifier"])]
+    assert named == [f"{prefix}classifier"]
+
+
+def test_a_tower_next_to_the_base_model_is_no_head():
+    model = bert()
+    model.tower = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(8, 8)])})
+    model.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    names = {layer.name for layer in prunable_layers(model)}
+    assert "tower.blocks.0" in names
+    assert not names & {"head.0", "head.1", "classifier"}
+
+
+def test_the_classifier_of_a_model_like_those_of_timm():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def get_classifier(self):
+            return self.fc
+
+    assert [layer.name for layer in prunable_layers(Model())] == ["body"]

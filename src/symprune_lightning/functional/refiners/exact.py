@@ -264,9 +264,6 @@ def lowest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         x: Shape ``(rows, columns)``.
         count: Number of values, at most ``columns``.
 
-    Returns:
-        Values and columns, ``(rows, count)`` each.
-
     Examples:
         >>> values, columns = lowest(torch.tensor([[3.0, 1.0, 2.0]]), 2)
         >>> values.tolist(), columns.tolist()

@@ -1,0 +1,122 @@
+"""Short options, and one sentence for each mistake on the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from symprune_lightning import SymPrune, TextSource
+from symprune_lightning.callbacks.pruning import find_pruning_callback
+from symprune_lightning.cli.arguments import expand
+from symprune_lightning.cli.help import PRUNE_HELP, SUMMARIES
+from symprune_lightning.cli.parser import METHOD, instantiate
+from symprune_lightning.functional.refiners import ExactSwap
+from tests.cli.commands import small
+
+
+def test_short_options_are_settings_of_the_method(project):
+    options = ["--config", "wanda", "--score", "RIA", "--score.alpha=1", "--sparsity=0.25"]
+    options += ["--refine", "exactswap", "--ignore", "re:.*mlp.*"]
+    cli = instantiate([*options, *small(project)])
+    callback = find_pruning_callback(cli.trainer.callbacks)
+    assert isinstance(callback, SymPrune)
+    method = callback.method
+    assert (method.score.alpha, method.sparsity) == (1.0, 0.25)
+    assert method.refine == {"re:.*": [ExactSwap()]}
+    assert method.ignore == ["re:.*mlp.*"]
+
+
+@pytest.mark.parametrize("form", [["--data.dataset", "a.jsonl"], ["--data.dataset=a.jsonl"]])
+def test_the_column_of_a_file(project, form):
+    options = ["--config", "wanda", f"--model.pretrained={project / 'model'}"]
+    data = instantiate([*options, *form, "--data.dataset.column", "body"]).datamodule
+    assert data.dataset == TextSource("a.jsonl", column="body")
+
+
+def test_other_arguments_stay_as_they_are():
+    given = ["prune", "--config", "ria", "--trainer.devices=2", "--output", "score", "-c", "x"]
+    assert expand(given, METHOD) == given
+    source = ["--data.dataset", "TextSource", "--data.dataset.path", "a", "--data.dataset.split=b"]
+    assert expand(source, METHOD) == source
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sparsitty=0.6"], "there is no option --sparsitty: did you mean --sparsity?"),
+        (["--pruning.sparsit=0.6"], "the method has no setting 'sparsit': did you mean sparsity?"),
+        (["--sparsity=60%"], "--sparsity is '60%', which is no float or dict"),
+        (["--data.sequences=x"], "--data.sequences is 'x', which is no int"),
+        (
+            ["--data.sequencez=8"],
+            "there is no option --data.sequencez: did you mean --data.sequences?",
+        ),
+        (
+            ["--trainer.callbacks+=torch.Nothing"],
+            "--trainer.callbacks: module 'torch' has no attribute 'Nothing'",
+        ),
+    ],
+)
+def test_mistakes_are_one_sentence(project, symprune, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        symprune("prune", "--config", "ria", *small(project), *options)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"symprune: {message}\n"
+
+
+def test_no_recipe(symprune, capsys):
+    with pytest.raises(SystemExit):
+        symprune("prune", "--output", "x")
+    assert "model and data are missing: name a recipe, such as" in capsys.readouterr().err
+
+
+def test_an_unknown_command(symprune):
+    with pytest.raises(SystemExit, match=r"no command 'prunee': did you mean prune\?"):
+        symprune("prunee")
+
+
+def test_help_by_topic(symprune, capsys):
+    symprune("prune", "--help", "trainer")
+    text = capsys.readouterr().out
+    assert "--trainer.strategy" in text
+    assert "--data.dataset" not in text
+    symprune("prune", "--help", "data")
+    assert "--data.sequences" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no help on 'weather'; topics are: pruning,"):
+        symprune("prune", "--help", "weather")
+
+
+def test_the_short_help_names_options_that_exist(symprune, capsys):
+    listed = {word for word in PRUNE_HELP.split() if word.startswith("--")}
+    own = {f"--{name}" for name in METHOD}
+    symprune("prune", "--help", "all")
+    everything = capsys.readouterr().out
+    others = {word.rstrip(",") for word in listed - own} - {
+        "--help",
+        "--when",
+        "--ignore+",
+        "--pruning.score",
+    }
+    assert others
+    assert [option for option in others if option not in everything] == []
+    assert set(SUMMARIES) == {"prune", "validate", "test", "fit"}
+
+
+def test_fit_that_would_prune_nothing(project, symprune):
+    with pytest.raises(SystemExit, match="symprune fit prunes nothing with when='validate'"):
+        symprune("fit", "--config", "ria", *small(project), "--data.training_sequences=4")
+
+
+def test_validate_prints_both_evaluations(project, symprune, capsys):
+    symprune("validate", "--config", "ria", *small(project))
+    text = capsys.readouterr().out
+    assert "sparsity: 0." in text
+    assert "val_perplexity: dense " in text
+
+
+def test_errors_of_libraries_have_their_names(project, symprune, monkeypatch):
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("symprune_lightning.trainer.Trainer.prune", broken)
+    with pytest.raises(SystemExit, match=r"symprune: RuntimeError: out of memory \(SYMPRUNE_TRACE"):
+        symprune("prune", "--config", "ria", *small(project))
