@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from symprune_lightning import load_masks
 from symprune_lightning.checkpoints.manifest import MANIFEST, read_manifest
@@ -45,3 +46,15 @@ def test_inputs_that_do_not_fit(project, symprune):
     (output / "thesis.tex").write_text("precious")
     with pytest.raises(SystemExit, match=f"has no {MANIFEST}"):
         symprune(*arguments, project / "nowhere")
+
+
+def test_packed_copies(project, symprune, capsys):
+    output, packed, again = (str(project / name) for name in ("out", "packed", "again"))
+    symprune("prune", "--config", "wanda", *small(project), "--output", output)
+    symprune("pack", output, packed)
+    assert f"packed copy: {packed}, " in capsys.readouterr().out
+    symprune("unpack", packed, again)
+    assert f"checkpoint: {again}" in capsys.readouterr().out
+    weights = (load_file(f"{folder}/model.safetensors") for folder in (output, again))
+    before, after = weights
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())

@@ -13,6 +13,7 @@ HELP = """usage: symprune COMMAND ...
   eval      tasks of lm-evaluation-harness on the dense and on the pruned model
   verify    verify a checkpoint against its manifest
   apply     zero the weights of a dense model by stored masks
+  pack, unpack   a copy of a checkpoint without zeros, and the checkpoint again
   list      scores, refiners, weight updates, solvers, allocations, patterns, recipes
   validate, test, fit   as in LightningCLI, with pruning
 

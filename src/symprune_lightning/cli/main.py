@@ -107,6 +107,35 @@ def _apply(arguments: list[str]) -> None:
     auto_cli(apply, args=arguments, prog="symprune apply", as_positional=False)
 
 
+def _pack(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="symprune pack",
+        description="Write a copy of a pruned checkpoint that stores no zeros, to save disk space "
+        "or to share it. `symprune unpack` restores every bit.",
+    )
+    parser.add_argument("checkpoint", help="folder of the checkpoint")
+    parser.add_argument("output", help="folder to write")
+    options = parser.parse_args(arguments)
+    from symprune_lightning.checkpoints.packed import folder_size, pack_checkpoint
+
+    path = pack_checkpoint(options.checkpoint, options.output)
+    before, after = folder_size(options.checkpoint), folder_size(path)
+    print(f"packed copy: {path}, {after / 1e6:.1f} MB, {after / before:.0%} of the checkpoint")
+
+
+def _unpack(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="symprune unpack",
+        description="Restore a checkpoint from its packed copy, and verify every tensor.",
+    )
+    parser.add_argument("packed", help="folder of the packed copy")
+    parser.add_argument("output", help="folder to write")
+    options = parser.parse_args(arguments)
+    from symprune_lightning.checkpoints.packed import unpack_checkpoint
+
+    print(f"checkpoint: {unpack_checkpoint(options.packed, options.output)}")
+
+
 def _list(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="symprune list",
@@ -152,6 +181,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": _eval,
     "verify": _verify,
     "apply": _apply,
+    "pack": _pack,
+    "unpack": _unpack,
     "list": _list,
 }
 """Commands that are not subcommands of LightningCLI."""

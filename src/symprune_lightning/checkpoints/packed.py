@@ -1,0 +1,201 @@
+"""Packed copies of checkpoints: the weights that are not zero, and one bit for each weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from symprune_lightning.checkpoints.export import check_destination
+from symprune_lightning.checkpoints.masks import FILE, FOLDER, load_masks, save_masks
+from symprune_lightning.checkpoints.weight_files import read_tensors, weight_files
+from symprune_lightning.engine.files import atomic_directory, write_json
+from symprune_lightning.functional.packing import pack, unpack
+
+INFO = "packed.json"
+"""Names, shapes and hashes of all tensors of a packed copy."""
+
+FORMAT_VERSION = 1
+VALUES, MASK = "::values", "::mask"
+"""Suffixes of the two parts of a packed tensor."""
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def pack_checkpoint(folder: str | Path, output: str | Path) -> Path:
+    """Write a packed copy of a checkpoint, from which ``unpack_checkpoint`` restores every bit.
+
+    Of a tensor with many zeros, the other values and one bit per weight are stored: about 56 % of
+    a bfloat16 weight at a sparsity of 50 %. Other files are copied. Runtimes cannot load the copy.
+
+    Args:
+        folder: A checkpoint with weights in safetensors.
+        output: Folder to write.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: ``folder`` has no weights in safetensors.
+        OSError: ``output`` cannot be written, or has other files.
+    """
+    source, path = Path(folder).expanduser(), check_destination(output)
+    files = weight_files(source)
+    names = _reproducible_masks(source, files)
+    info: dict[str, Any] = {"format_version": FORMAT_VERSION, "masks": names, "tensors": {}}
+    with atomic_directory(path) as tmp:
+        _copy_others(source, tmp, {*files.values(), *([f"{FOLDER}/{FILE}"] if names else [])})
+        for file in sorted(set(files.values())):
+            with safe_open(source / file, framework="pt") as opened:
+                parts: dict[str, Tensor] = {}
+                for name in opened.keys():  # noqa: SIM118 — no mapping
+                    tensor = opened.get_tensor(name)
+                    packed = _packed(tensor)
+                    parts |= {name + suffix: part for suffix, part in packed.items()}
+                    info["tensors"][name] = {
+                        "file": file,
+                        "shape": list(tensor.shape),
+                        "is_packed": VALUES in packed,
+                        "sha256": _sha256(tensor),
+                    }
+                metadata = opened.metadata()
+            (tmp / file).parent.mkdir(parents=True, exist_ok=True)
+            save_file(parts, tmp / file, metadata=metadata)
+        write_json(tmp / INFO, info)
+    return path
+
+
+def unpack_checkpoint(folder: str | Path, output: str | Path) -> Path:
+    """Restore a checkpoint from its packed copy, and verify the hash of every tensor.
+
+    Args:
+        folder: The packed copy.
+        output: Folder to write.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: ``folder`` is no packed copy.
+        ValueError: The copy is damaged, or of another version.
+        OSError: ``output`` cannot be written, or has other files.
+    """
+    source, path = Path(folder).expanduser(), check_destination(output)
+    info = _read_info(source)
+    tensors: Mapping[str, Any] = info["tensors"]
+    files = {name: entry["file"] for name, entry in tensors.items()}
+    with atomic_directory(path) as tmp:
+        _copy_others(source, tmp, {INFO, *files.values()})
+        for file in sorted(set(files.values())):
+            members = {name: entry for name, entry in tensors.items() if entry["file"] == file}
+            restored, metadata = _restored(source / file, members)
+            (tmp / file).parent.mkdir(parents=True, exist_ok=True)
+            save_file(restored, tmp / file, metadata=metadata)
+        if info["masks"]:
+            weights = read_tensors(tmp, files, [f"{name}.weight" for name in info["masks"]])
+            masks = {name.removesuffix(".weight"): weight != 0 for name, weight in weights}
+            save_masks(tmp / FOLDER / FILE, {name: masks[name] for name in info["masks"]})
+    return path
+
+
+def folder_size(folder: str | Path) -> int:
+    """Return the size of all files of a folder in bytes."""
+    files = Path(folder).expanduser().rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _read_info(source: Path) -> dict[str, Any]:
+    if not (source / INFO).is_file():
+        raise FileNotFoundError(f"{source} has no {INFO}: pass a folder of `symprune pack`")
+    try:
+        info: dict[str, Any] = json.loads((source / INFO).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{source / INFO} is damaged: {error}") from error
+    if info.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{source} has packed format {info.get('format_version')}, and this version reads "
+            f"format {FORMAT_VERSION}: unpack it with the version that wrote it"
+        )
+    return info
+
+
+def _packed(tensor: Tensor) -> dict[str, Tensor]:
+    """Return the parts of a tensor by suffix; the tensor itself where that takes less space."""
+    bits = _bits(tensor)
+    kept = bits != 0  # of the bits, so that negative zeros are restored
+    size = int(kept.sum()) * tensor.element_size() + -(-tensor.numel() // 8)
+    if size >= tensor.numel() * tensor.element_size():
+        return {"": tensor}
+    return {VALUES: tensor.flatten()[kept], MASK: pack(kept[None])[0]}
+
+
+def _restored(
+    file: Path, members: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """Return the tensors of a file of a packed copy, and the metadata of the file."""
+    restored: dict[str, Tensor] = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name, entry in members.items():
+                if entry["is_packed"]:
+                    values, mask = (opened.get_tensor(name + part) for part in (VALUES, MASK))
+                    restored[name] = _unpacked(values, mask, entry["shape"])
+                else:
+                    restored[name] = opened.get_tensor(name)
+                if _sha256(restored[name]) != entry["sha256"]:
+                    raise ValueError(f"{name} differs from the checkpoint that was packed")
+            return restored, opened.metadata()
+    except (SafetensorError, RuntimeError, ValueError, FileNotFoundError) as error:
+        raise ValueError(f"the packed copy {file} is damaged: {error}") from error
+
+
+def _unpacked(values: Tensor, mask: Tensor, shape: list[int]) -> Tensor:
+    flat = torch.zeros(torch.Size(shape).numel(), dtype=values.dtype)
+    kept = unpack(mask[None], flat.numel())[0]
+    if int(kept.sum()) != values.numel():
+        raise ValueError(f"it has {values.numel()} values for {int(kept.sum())} positions")
+    _bits(flat)[kept] = _bits(values)
+    return flat.view(shape)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor as integers, flat; a view if the tensor is contiguous."""
+    return tensor.flatten().view(INTEGERS[tensor.element_size()])
+
+
+def _sha256(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _reproducible_masks(source: Path, files: Mapping[str, str]) -> list[str]:
+    """Return the names of the stored masks if the zeros of the weights tell all of them."""
+    if not (source / FOLDER / FILE).is_file():
+        return []
+    masks = load_masks(source)
+    names = {f"{name}.weight": name for name in masks}
+    if not names.keys() <= files.keys():
+        return []
+    for weight_name, weight in read_tensors(source, files, names):
+        mask = masks[names[weight_name]]
+        if weight.shape != mask.shape or not torch.equal(weight != 0, mask):
+            return []
+    return list(masks)
+
+
+def _copy_others(source: Path, target: Path, left_out: set[str]) -> None:
+    """Copy all files of a folder except some."""
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        if file.is_file() and name.as_posix() not in left_out:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / name)
