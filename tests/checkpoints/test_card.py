@@ -87,3 +87,10 @@ def test_the_license_is_that_of_the_base_model(tmp_path: Path, readme, expected)
     prune_model(model, batches())
     export_model(model, tmp_path / "out")
     assert ModelCard.load(tmp_path / "out" / "README.md").data.license == expected
+
+
+@pytest.mark.parametrize("evaluation", [None, "wikitext2"])
+def test_an_evaluation_on_the_calibration_source_is_named(evaluation):
+    card = model_card({**MANIFEST, "data": {"dataset": "python-docs", "evaluation": evaluation}})
+    assert ("are from one source" in card) == (evaluation is None)
+    assert "are from one source" not in model_card(MANIFEST)

@@ -11,6 +11,7 @@ from symprune_lightning.cli.help import PRUNE_HELP, SUMMARIES
 from symprune_lightning.cli.parser import METHOD, instantiate
 from symprune_lightning.functional.refiners import ExactSwap
 from tests.cli.commands import small
+from tests.texts import texts
 
 
 def test_short_options_are_settings_of_the_method(project):
@@ -120,3 +121,16 @@ def test_errors_of_libraries_have_their_names(project, symprune, monkeypatch):
     monkeypatch.setattr("symprune_lightning.trainer.Trainer.prune", broken)
     with pytest.raises(SystemExit, match=r"symprune: RuntimeError: out of memory \(SYMPRUNE_TRACE"):
         symprune("prune", "--config", "ria", *small(project))
+
+
+def test_prune_names_one_source_and_no_output(project, symprune, capsys):
+    symprune("prune", "--config", "ria", *small(project))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("note: Calibration and evaluation texts are from one source.")
+    assert lines[-1] == "no --output: nothing was written"
+    (project / "others.txt").write_text("\n\n".join(texts(80)[40:]))
+    options = [*small(project), f"--data.evaluation={project / 'others.txt'}"]
+    symprune("prune", "--config", "ria", *options, "--output", project / "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"checkpoint: {project / 'out'}"
+    assert not lines[-2].startswith("note")

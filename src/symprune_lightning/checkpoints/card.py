@@ -23,6 +23,12 @@ PIPELINES = (
 )
 """Classes of transformers, by model type, and the pipeline that the Hub shows for them."""
 
+ONE_SOURCE = (
+    "Calibration and evaluation texts are from one source. On texts of another kind, a pruned "
+    "model loses more: evaluate it on the texts that it is for."
+)
+"""Shown with figures of such a run."""
+
 DATA = (
     "dataset",
     "sequences",
@@ -111,6 +117,15 @@ def _lines(name: str, manifest: Mapping[str, Any]) -> Iterator[str]:
     dense, pruned = metrics.get("dense", {}), metrics.get("pruned", {})
     rows = [(n, f"{dense[n]:.4f}" if n in dense else "", f"{v:.4f}") for n, v in pruned.items()]
     yield from _table("Metrics", ("metric", "dense", "pruned"), rows)
+    if is_one_source(manifest):
+        yield from ("", ONE_SOURCE)
+
+
+def is_one_source(manifest: Mapping[str, Any]) -> bool:
+    """Return whether a model was evaluated on further texts of the calibration data."""
+    data = manifest.get("data") or {}
+    is_evaluated = bool((manifest.get("metrics") or {}).get("pruned"))
+    return is_evaluated and "evaluation" in data and data["evaluation"] is None
 
 
 def _short(value: Any) -> Any:

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from symprune_lightning.callbacks.distillation import refuse_distillation
 from symprune_lightning.callbacks.pruning import PruningCallback, find_pruning_callback
 from symprune_lightning.callbacks.symprune import SymPrune
+from symprune_lightning.checkpoints.card import ONE_SOURCE
 from symprune_lightning.cli.arguments import expand, usage_message
 from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.module import CausalLMModule
@@ -141,6 +142,8 @@ class PruningCLI(LightningCLI):
             print(_as_json(callback, output))
             return
         print(_as_text(callback))
+        if callback.sparse_metrics and self.datamodule.evaluation is None:
+            print(f"note: {ONE_SOURCE}")
         print("no --output: nothing was written" if output is None else f"checkpoint: {output}")
 
 

@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import transformers as tf
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -15,10 +16,9 @@ from tests.models import build
 from tests.texts import texts, tokenizer
 
 
-def run(folder, *callbacks, output="out", **options):
-    data = CalibrationDataModule(
-        texts(), tokenizer(), sequences=4, sequence_length=16, evaluation_sequences=4
-    )
+def run(folder, *callbacks, output="out", encoder=None, evaluation=None, **options):
+    sizes = {"sequences": 4, "sequence_length": 16, "evaluation_sequences": 4}
+    data = CalibrationDataModule(texts(), encoder or tokenizer(), evaluation=evaluation, **sizes)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(**{**quiet, "accelerator": "cpu", **options})
     module = CausalLMModule(build("llama"))
@@ -82,6 +82,28 @@ def test_figures_are_those_of_the_manifest(tmp_path, order):
     images = {p.stem for p in (tmp_path / "out" / "symprune").glob("*.png")}
     assert images == {"error", "sparsity", "swaps", "scores", "masks", "time"}
     assert text.count("data:image/png;base64,") == len(images)
+
+
+def test_prompts_of_a_model_with_a_chat_template(tmp_path):
+    encoder, seen = tokenizer(), []
+    encoder.chat_template = "{% for m in messages %}w9 {{ m['content'] }}{% endfor %} w8"
+    report, generate = Report(prompts=["w1 w2"], new_tokens=2), tf.GenerationMixin.generate
+
+    def recorded(model, *arguments, **options):
+        seen.append(options["input_ids"].tolist())
+        return generate(model, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.GenerationMixin, "generate", recorded)
+        run(tmp_path, report, SymPrune("wanda"), encoder=encoder)
+    assert seen == [[encoder("w9 w1 w2 w8").input_ids]] * 2
+
+
+@pytest.mark.parametrize("evaluation", [None, texts(80)[40:]])
+def test_an_evaluation_on_the_calibration_source_is_named(tmp_path, evaluation):
+    run(tmp_path, Report(prompts=[]), SymPrune("wanda"), evaluation=evaluation)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ("are from one source" in page) == (evaluation is None)
 
 
 def test_a_method_without_data_has_fewer_figures(tmp_path):

@@ -28,6 +28,7 @@ from symprune_lightning.callbacks.integration import (
 from symprune_lightning.callbacks.progress import peak_memory
 from symprune_lightning.callbacks.pruning import pruning_callbacks
 from symprune_lightning.callbacks.report.figures import Histogram, figures, histogram, png
+from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source
 from symprune_lightning.checkpoints.manifest import build_manifest
 from symprune_lightning.engine.files import atomic_file
 from symprune_lightning.engine.hooks import PruningHooks
@@ -230,6 +231,7 @@ class Report(Callback, PruningHooks):
             made=time.strftime("%Y-%m-%d %H:%M"),
             manifest=manifest,
             metrics=rows,
+            note=ONE_SOURCE if is_one_source(manifest) else "",
             facts=[("peak memory of the process", peak_memory())],
             sections=SECTIONS,
             images={name: base64.b64encode(data).decode() for name, data in images.items()},
@@ -275,7 +277,7 @@ class Report(Callback, PruningHooks):
 
     @torch.no_grad()
     def _generate(self, trainer: Trainer, module: LightningModule) -> list[str]:
-        """Complete each prompt greedily."""
+        """Complete each prompt greedily; in the chat format of the tokenizer, if it has one."""
         model: Any = pruning_target(module)
         tokenizer: Any = tokenizer_of(trainer)
         can_generate = callable(getattr(model, "generate", None))  # a module of the user's
@@ -283,14 +285,23 @@ class Report(Callback, PruningHooks):
             return []
         texts = []
         for prompt in self.prompts:
-            inputs = tokenizer(prompt, return_tensors="pt").to(module.device)
+            if tokenizer.chat_template is None:
+                inputs = tokenizer(prompt, return_tensors="pt").to(module.device)
+            else:
+                inputs = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}],
+                    add_generation_prompt=True,
+                    return_tensors="pt",
+                    return_dict=True,
+                ).to(module.device)
             ids = model.generate(
                 **inputs,
                 max_new_tokens=self.new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )
-            texts.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :]))
+            answer = ids[0, inputs["input_ids"].shape[1] :]
+            texts.append(tokenizer.decode(answer, skip_special_tokens=True))
         return texts
 
     @staticmethod
