@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune, Trainer
 from tests.groups import run_trainers
 from tests.models import VOCABULARY, build
+from tests.texts import texts, tokenizer
 from tests.trainers import TRAINER
 
 STRATEGIES = {
@@ -22,18 +23,24 @@ STRATEGIES = {
     "fsdp2": (2, (2, 1)),
     "tensor2": (2, (1, 2)),
 }
-SEQUENCES = (5, 7)
+SEQUENCES = (5, 7, 9)
+"""Numbers of sequences: of token ids; of two overlapping evaluation sets; of padded texts."""
 
 
 def data(folder: Path, sequences: int) -> CalibrationDataModule:
+    if sequences == 9:
+        rows = [" ".join(text.split()[: 3 + i % 12]) for i, text in enumerate(texts(40))]
+        sizes = {"sequences": 9, "evaluation_sequences": 9, "sequence_length": 16, "batch_size": 2}
+        return CalibrationDataModule(rows, tokenizer(), packing=False, **sizes)
     torch.manual_seed(3)
-    texts = torch.randint(3, VOCABULARY, (40, 16)).tolist()
+    ids = torch.randint(3, VOCABULARY, (40, 16)).tolist()
     several = {name: torch.randint(3, VOCABULARY, (20, 16)).tolist() for name in ("some", "others")}
     return CalibrationDataModule(
-        texts,
+        ids,
         evaluation=several if sequences == 7 else None,
         sequences=sequences,
         evaluation_sequences=sequences,
+        evaluation_stride=5 if sequences == 7 else None,
         sequence_length=16,
         batch_size=2 if sequences == 7 else 1,
     )

@@ -450,9 +450,10 @@ def _bits_per_byte(
             return {}
         num_bytes += dataset.num_bytes
         num_labels += dataset.num_labels
-    if count != num_labels:  # as with limit_val_batches
+    # ranks under tensor parallelism count the same tokens; limit_val_batches leaves some out
+    if not num_labels or count % num_labels:
         return {}
-    return {key: perplexity.log2() * count / num_bytes}
+    return {key: perplexity.log2() * num_labels / num_bytes}
 
 
 def _next_labels(labels: Tensor) -> Tensor:
