@@ -54,7 +54,7 @@ def test_a_small_version_of_the_demo(gguf, tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(output)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
-    ids = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    ids = model.generate(**prompt, max_new_tokens=20, do_sample=False)
     continuation = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :])
     # beyond the prompt, and not one word over and over
     assert len(set(re.findall("[A-Za-z]+", continuation))) >= 3, continuation

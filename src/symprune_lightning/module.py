@@ -291,7 +291,17 @@ class TransformersModule(LightningModule):
                 f"have no perplexity: remove 'labels' from the batches, or write a LightningModule "
                 f"with the metric of this model"
             )
-        return labels if self._is_encoder_decoder else _next_labels(labels)
+        if not self._is_encoder_decoder:
+            return _next_labels(labels)
+        ids = batch.get("input_ids")
+        is_input = ids is not None and ids.shape == labels.shape
+        if is_input and bool(((labels == ids) | (labels == IGNORE_INDEX)).all()):
+            raise ValueError(
+                f"the labels are the input of the encoder of {type(self.prunable_model).__name__}: "
+                f"pass the text that it is to generate, or no labels "
+                f"(ProcessorDataModule(labels=False))"
+            )
+        return labels
 
     def _logits_for(self, batch: Batch, targets: Tensor) -> Tensor:
         """Return the logits of a batch, one for each target."""
@@ -330,6 +340,12 @@ class TransformersModule(LightningModule):
             return {str(i) if len(loaders) > 1 else "": x for i, x in enumerate(loaders)}
         return {"": loaders}
 
+    @property
+    def _num_copies(self) -> int:
+        """Number of ranks that evaluate the same batches, as those of tensor parallelism do."""
+        sampler = None if self._trainer is None else self._trainer.distributed_sampler_kwargs
+        return 1 if sampler is None else self.trainer.world_size // int(sampler["num_replicas"])
+
     def _log_perplexity(self, stage: str, single: TokenPerplexity) -> None:
         metrics = dict(self._loader_metrics)
         loaders = self._dataloaders(f"{stage}_dataloaders")
@@ -343,6 +359,7 @@ class TransformersModule(LightningModule):
         if count:
             perplexity = overall.compute()
             values |= {f"{stage}_loss": perplexity.log(), f"{stage}_perplexity": perplexity}
+            count //= self._num_copies
             values |= _bits_per_byte(f"{stage}_bits_per_byte", perplexity, count, loaders.values())
         for name, metric in metrics.items():
             count = metric.num_tokens()
@@ -350,6 +367,7 @@ class TransformersModule(LightningModule):
                 perplexity = metric.compute()
                 key = f"{stage}_bits_per_byte/{name}"
                 values[f"{stage}_perplexity/{name}"] = perplexity
+                count //= self._num_copies
                 values |= _bits_per_byte(key, perplexity, count, [loaders[name]])
         self._loader_metrics.clear()
         single.reset()
@@ -450,10 +468,9 @@ def _bits_per_byte(
             return {}
         num_bytes += dataset.num_bytes
         num_labels += dataset.num_labels
-    # ranks under tensor parallelism count the same tokens; limit_val_batches leaves some out
-    if not num_labels or count % num_labels:
+    if count != num_labels:  # as with limit_val_batches
         return {}
-    return {key: perplexity.log2() * num_labels / num_bytes}
+    return {key: perplexity.log2() * count / num_bytes}
 
 
 def _next_labels(labels: Tensor) -> Tensor:

@@ -131,3 +131,13 @@ def test_folders_that_are_no_packed_copy(checkpoint, tmp_path):
     (packed / "packed.json").write_text(json.dumps({**info, "format_version": 2}))
     with pytest.raises(ValueError, match="has packed format 2, and this version reads format 1"):
         unpack_checkpoint(packed, tmp_path / "again")
+
+
+def test_a_copy_does_not_replace_its_source_nor_write_elsewhere(checkpoint, tmp_path):
+    with pytest.raises(FileExistsError, match="would replace itself: write to another folder"):
+        pack_checkpoint(checkpoint, checkpoint)
+    packed = pack_checkpoint(checkpoint, tmp_path / "packed")
+    text = (packed / "packed.json").read_text()
+    (packed / "packed.json").write_text(text.replace("model.safetensors", "../x.safetensors"))
+    with pytest.raises(ValueError, match=r"is damaged: tensor .* is in ../x.safetensors"):
+        unpack_checkpoint(packed, tmp_path / "again")

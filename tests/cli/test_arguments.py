@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from symprune_lightning import SymPrune, TextSource
+from symprune_lightning import C4, SymPrune, TextSource
 from symprune_lightning.callbacks.pruning import find_pruning_callback
 from symprune_lightning.cli.arguments import expand
 from symprune_lightning.cli.help import PRUNE_HELP, SUMMARIES
@@ -31,6 +31,12 @@ def test_the_column_of_a_file(project, form):
     options = ["--config", "wanda", f"--model.pretrained={project / 'model'}"]
     data = instantiate([*options, *form, "--data.dataset.column", "body"]).datamodule
     assert data.dataset == TextSource("a.jsonl", column="body")
+
+
+def test_settings_of_a_protocol(project):
+    options = ["--config", "wanda", f"--model.pretrained={project / 'model'}"]
+    data = instantiate([*options, "--data.dataset=c4", "--data.dataset.path=./c4"]).datamodule
+    assert data.dataset == C4("./c4")
 
 
 def test_other_arguments_stay_as_they_are():

@@ -117,7 +117,7 @@ def test_contents_of_a_checkpoint(written):
     manifest = json.loads((written / MANIFEST).read_text())
     card = (written / "README.md").read_text()
     assert "50.0 % of the weights" in card
-    assert "| score | `{'name': 'Wanda'}` |" in card
+    assert "| score | `Wanda` |" in card
     assert f"`{manifest['metrics']['pruned']['val_perplexity']:.4f}`" in card
     assert "no faster" in card
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from symprune_lightning import ProcessorDataModule, SymPrune, Trainer, TransformersModule
 from symprune_lightning.cli.verify import verify
-from tests.test_multimodal import IMAGE_TOKEN, llava, llava_processor, whisper
+from tests.test_multimodal import IMAGE_TOKEN, llava, llava_processor, t5, whisper
 from tests.texts import texts, tokenizer
 from tests.trainers import TRAINER
 
@@ -123,6 +123,73 @@ def test_sounds_with_transcriptions():
     pruned(whisper(), data)
 
 
+def test_images_in_columns_of_their_own_fill_the_chat():
+    inside = ProcessorDataModule(chats(), chat_processor(), **SIZES)
+    rows = []
+    for i, row in enumerate(chats()):
+        content = [{"type": "image"}, row["messages"][0]["content"][1]]
+        rows.append({"messages": [{"role": "user", "content": content}], "images": [image(i)]})
+    assert ProcessorDataModule(rows, chat_processor(), **SIZES).hashes == inside.hashes
+    rows[3]["images"] = [image(0), image(1)]
+    with pytest.raises(ValueError, match="fewer blocks of image than the row has values"):
+        ProcessorDataModule(rows, chat_processor(), **SIZES).setup()
+
+
+def test_the_first_token_after_padding_on_the_left_has_no_label():
+    processor = llava_processor()
+    processor.tokenizer.padding_side = "left"
+    data = ProcessorDataModule(pictures(), processor, **SIZES)
+    for batch in data.calibration_dataloader():
+        for mask, labels in zip(batch["attention_mask"], batch["labels"], strict=True):
+            start = int(mask.argmax())
+            assert start == 0 or labels[start] == -100
+
+
+def test_the_start_token_of_transcriptions_is_added_by_the_model():
+    processor = whisper_processor()
+    words = tokenizer(bos=True)
+    words.prefix_tokens = [1]
+    processor.tokenizer = words
+    data = ProcessorDataModule(sounds(), processor, **SIZES)
+    plain = ProcessorDataModule(sounds(), whisper_processor(), **SIZES)
+    for batch, expected in zip(
+        data.calibration_dataloader(), plain.calibration_dataloader(), strict=True
+    ):
+        assert torch.equal(batch["labels"], expected["labels"])
+
+
+def test_feature_extractors_take_sounds():
+    extractor = tf.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    rows = [{"audio": row["audio"]} for row in sounds()]
+    batch = next(iter(ProcessorDataModule(rows, extractor, **SIZES).calibration_dataloader()))
+    assert batch["input_features"].shape == (2, 8, 100)
+    with pytest.raises(ValueError, match=r"a sound is a ndarray: pass \{'array': …"):
+        ProcessorDataModule([{"audio": np.zeros(9)}] * 9, extractor, **SIZES).setup()
+
+
+def test_batches_without_labels():
+    data = ProcessorDataModule(pictures(), llava_processor(), labels=False, **SIZES)
+    assert "labels" not in next(iter(data.calibration_dataloader()))
+    assert pruned(llava(), data).sparse_metrics == {}
+
+
+def test_streams_are_shuffled():
+    rows = [{"image": image(i).tolist(), "number": i} for i in range(9)]
+    stream = datasets.Dataset.from_list(rows).with_format("numpy").to_iterable_dataset()
+    processor = llava_processor().image_processor
+    hashes = {
+        ProcessorDataModule(stream, processor, seed=seed, **SIZES).hashes["calibration"]
+        for seed in range(3)
+    }
+    assert len(hashes) == 3
+
+
+def test_labels_that_are_the_input_of_an_encoder():
+    ids = torch.full((1, 8), 5)
+    with pytest.raises(ValueError, match="the labels are the input of the encoder of T5ForCondit"):
+        TransformersModule(t5()).validation_step({"input_ids": ids, "labels": ids}, 0)
+
+
 def test_images_alone_of_a_dataset_with_other_columns(tmp_path):
     rows = datasets.Dataset.from_dict(
         {"photo": [image(i) for i in range(8)], "text": ["w1"] * 8}
@@ -193,6 +260,11 @@ def test_the_sets_of_a_mapping():
             {},
             "the dataset has the splits train: pass one",
         ),
+        (
+            iter([row if i % 2 else {"text": row["text"]} for i, row in enumerate(pictures())]),
+            {"batch_size": 4},
+            r"row \d of the dataset has the columns .*: use batch_size=1",
+        ),
         (pictures() + pictures(), {"samples": 15}, "batches for evaluation are also used for cal"),
     ],
 )
@@ -201,6 +273,12 @@ def test_mistakes(rows, options, message):
         ProcessorDataModule(
             rows, llava_processor(), **{**SIZES, "batch_size": 1, **options}
         ).setup()
+
+
+def test_sounds_of_two_rates():
+    rows = [row for pair in zip(sounds(), sounds(8_000), strict=True) for row in pair]
+    with pytest.raises(ValueError, match=r"sounds have sampling rates of \[8000, 16000\]"):
+        ProcessorDataModule(iter(rows), whisper_processor(), **SIZES).setup()
 
 
 def test_sounds_at_another_rate():

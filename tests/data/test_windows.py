@@ -208,11 +208,11 @@ def test_rows_that_fill_up_have_no_labels(options):
 
 def bits_per_byte(model, windows, encoder):
     """Transcription of the definition: the loss of all counted tokens over their bytes."""
-    nats = size = 0.0
+    nats, counted = 0.0, []
     for row, targets in zip(windows.ids, windows.targets, strict=True):
         nats += float(losses(model, row, targets).sum())
-        text = encoder.decode(row[targets != -100], skip_special_tokens=True)
-        size += len(text.encode())
+        counted += row[targets != -100].tolist()
+    size = len(encoder.decode(counted, skip_special_tokens=True).encode())
     return nats / math.log(2) / size
 
 

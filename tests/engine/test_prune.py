@@ -377,7 +377,7 @@ def test_score_of_another_shape_is_refused():
 def test_batches_with_labels_are_explained():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     batches = [(torch.randn(8, 4), torch.zeros(8))]
-    message = r"does not take a batch of 2 values: .*pass forward=lambda model, batch"
+    message = r"does not take a batch of 2 values: .*such as forward=lambda model, batch"
     with pytest.raises(TypeError, match=message):
         prune_model(model, batches)
     result = prune_model(model, batches, forward=lambda model, batch: model(batch[0]))

@@ -59,9 +59,9 @@ class SymPrune(PruningCallback):
             is called with all of them once more; the routed ones give the output).
         unreached: Layers that no calibration token reached are left ``"dense"``, or pruned by
             ``"magnitude"``. Both are named in the result.
-        ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``. Routers,
-            output projections and adapters are left dense in any case, unless ``only`` has their
-            exact names.
+        ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``. Heads,
+            routers, output projections and adapters are left dense in any case, unless ``only`` has
+            their exact names.
         only: Layers to prune, in the same form; ``None`` for all.
         when: See [`PruningCallback`][symprune_lightning.PruningCallback].
         calibration: See `PruningCallback`.

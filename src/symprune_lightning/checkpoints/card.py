@@ -13,13 +13,14 @@ from transformers.models.auto import modeling_auto as auto
 from symprune_lightning.checkpoints.pretrained import local_folder, resolve_source
 
 PIPELINES = (
-    (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "text-generation"),
     (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "image-text-to-text"),
     (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, "automatic-speech-recognition"),
     (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "text2text-generation"),
     (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "image-classification"),
     (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "text-classification"),
     (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "fill-mask"),
+    # last: its mapping has multimodal models too
+    (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "text-generation"),
 )
 """Classes of transformers, by model type, and the pipeline that the Hub shows for them."""
 

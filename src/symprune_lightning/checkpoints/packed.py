@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -45,9 +45,9 @@ def pack_checkpoint(folder: str | Path, output: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: ``folder`` has no weights in safetensors.
-        OSError: ``output`` cannot be written, or has other files.
+        OSError: ``output`` cannot be written, has other files, or is ``folder``.
     """
-    source, path = Path(folder).expanduser(), check_destination(output)
+    source, path = _source_and_destination(folder, output)
     files = weight_files(source)
     names = _reproducible_masks(source, files)
     info: dict[str, Any] = {"format_version": FORMAT_VERSION, "masks": names, "tensors": {}}
@@ -88,7 +88,7 @@ def unpack_checkpoint(folder: str | Path, output: str | Path) -> Path:
         ValueError: The copy is damaged, or of another version.
         OSError: ``output`` cannot be written, or has other files.
     """
-    source, path = Path(folder).expanduser(), check_destination(output)
+    source, path = _source_and_destination(folder, output)
     info = _read_info(source)
     tensors: Mapping[str, Any] = info["tensors"]
     files = {name: entry["file"] for name, entry in tensors.items()}
@@ -104,6 +104,14 @@ def unpack_checkpoint(folder: str | Path, output: str | Path) -> Path:
             masks = {name.removesuffix(".weight"): weight != 0 for name, weight in weights}
             save_masks(tmp / FOLDER / FILE, {name: masks[name] for name in info["masks"]})
     return path
+
+
+def _source_and_destination(folder: str | Path, output: str | Path) -> tuple[Path, Path]:
+    source = Path(folder).expanduser().resolve()
+    path = check_destination(output)
+    if source == path:
+        raise FileExistsError(f"{path} would replace itself: write to another folder")
+    return source, path
 
 
 def folder_size(folder: str | Path) -> int:
@@ -124,6 +132,10 @@ def _read_info(source: Path) -> dict[str, Any]:
             f"{source} has packed format {info.get('format_version')}, and this version reads "
             f"format {FORMAT_VERSION}: unpack it with the version that wrote it"
         )
+    for name, entry in info["tensors"].items():
+        file = PurePosixPath(entry["file"])
+        if file.is_absolute() or ".." in file.parts:
+            raise ValueError(f"{source / INFO} is damaged: tensor {name} is in {file}")
     return info
 
 

@@ -12,6 +12,7 @@ from urllib.request import getproxies
 import torch
 import transformers
 from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -244,8 +245,9 @@ def _check_hub(name: str) -> None:
 
     The libraries that load it would retry for a minute.
     """
-    is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if is_cached or constants.HF_HUB_OFFLINE or "https" in getproxies():
+    folder = repo_folder_name(repo_id=name, repo_type="model")
+    is_cached = (Path(constants.HF_HUB_CACHE) / folder).is_dir()
+    if is_cached or constants.HF_HUB_OFFLINE or getproxies().keys() & {"https", "all"}:
         return
     address = urlsplit(constants.ENDPOINT)
     port = address.port or (80 if address.scheme == "http" else 443)

@@ -19,9 +19,11 @@ def weight_files(folder: Path) -> dict[str, str]:
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return dict(index["weight_map"])
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
     if not (folder / SINGLE).is_file():
         raise FileNotFoundError(
-            f"{folder} has neither {INDEX} nor {SINGLE}: only safetensors can be streamed"
+            f"{folder} has neither {INDEX} nor {SINGLE}: only weights in safetensors are read"
         )
     with safe_open(folder / SINGLE, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), SINGLE)

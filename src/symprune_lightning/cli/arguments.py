@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from symprune_lightning.cli.help import suggestion
 
 SOURCES = ("--data.dataset", "--data.evaluation")
 
 
-def expand(arguments: Sequence[str], method: Collection[str]) -> list[str]:
+def expand(
+    arguments: Sequence[str],
+    method: Collection[str],
+    protocols: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """Return arguments with short options written out.
 
     Args:
         arguments: The arguments.
         method: Names of the settings of the method.
+        protocols: Classes of the protocols of publications by name.
 
     - ``--sparsity 0.6`` becomes ``--pruning.sparsity 0.6``, as all settings of the method.
     - ``--data.dataset my.jsonl --data.dataset.column body`` becomes a ``TextSource`` with this path
@@ -27,17 +34,34 @@ def expand(arguments: Sequence[str], method: Collection[str]) -> list[str]:
     """
     expanded = list(_split(arguments, method))
     for source in SOURCES:
-        has_settings = any(x.startswith(f"{source}.") for x in expanded)
-        is_class = any(x.startswith((f"{source}.path", f"{source}.class_path")) for x in expanded)
-        if has_settings and not is_class and source in expanded[:-1]:
-            position = expanded.index(source)
-            path = expanded[position + 1]
-            expanded[position + 1 : position + 2] = [
-                "symprune_lightning.TextSource",
-                f"{source}.path",
-                path,
-            ]
+        if source not in expanded[:-1]:
+            continue
+        position = expanded.index(source) + 1
+        value, settings = expanded[position], [x for x in expanded if x.startswith(f"{source}.")]
+        if value in protocols:
+            expanded = _with_settings(expanded, source, protocols[value])
+        elif settings and not any(x.startswith(f"{source}.path") for x in settings):
+            path = ["symprune_lightning.TextSource", f"{source}.path", value]
+            expanded[position : position + 1] = path
     return expanded
+
+
+def _with_settings(arguments: Sequence[str], source: str, name: str) -> list[str]:
+    """Return arguments with a class and its settings as one value.
+
+    jsonargparse would try the settings on the first class of the union.
+    """
+    settings: dict[str, str] = {}
+    rest: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument.startswith(f"{source}."):
+            key, equals, value = argument.removeprefix(f"{source}.").partition("=")
+            settings[key] = value if equals else next(remaining, "")
+        else:
+            rest.append(argument)
+    rest[rest.index(source) + 1] = json.dumps({"class_path": name, "init_args": settings})
+    return rest
 
 
 def _split(arguments: Sequence[str], method: Collection[str]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from symprune_lightning.callbacks.symprune import SymPrune
 from symprune_lightning.checkpoints.card import ONE_SOURCE
 from symprune_lightning.cli.arguments import expand, usage_message
 from symprune_lightning.data.datamodule import CalibrationDataModule
+from symprune_lightning.data.protocols import PROTOCOLS
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
 
@@ -194,7 +195,8 @@ def find_recipe(name: str) -> str:
 def _resolve(arguments: Sequence[str]) -> list[str]:
     """Write out short options, and replace names of recipes after ``--config`` by paths."""
     resolved: list[str] = []
-    for argument in expand(arguments, METHOD):
+    classes = {name: f"symprune_lightning.{type(x).__name__}" for name, x in PROTOCOLS.items()}
+    for argument in expand(arguments, METHOD, classes):
         if resolved and resolved[-1] in ("--config", "-c"):
             resolved.append(find_recipe(argument))
         elif argument.startswith("--config="):

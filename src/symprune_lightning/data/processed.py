@@ -9,11 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX, Processor, load_processor
+from symprune_lightning.checkpoints.pretrained import Processor, load_processor
 from symprune_lightning.data.batches import BatchDataModule, check_common_batches, read_batches
+from symprune_lightning.data.processing import process
 from symprune_lightning.data.reader import check_one_split, shuffled
 from symprune_lightning.data.sources import source_settings
 from symprune_lightning.data.texts import TextSource
@@ -26,9 +26,6 @@ COLUMNS = {
     "messages": "messages",
 }
 """Arguments of processors by the usual names of columns; ``messages`` are for chat templates."""
-
-PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id")
-"""Attributes of processors: ids of the tokens that stand for parts of an image or a sound."""
 
 Rows = TextSource | str | Iterable[Mapping[str, Any]] | Path
 """Rows: a dataset, where to load one, or an iterable of mappings of columns to values."""
@@ -44,9 +41,11 @@ class ProcessorDataModule(BatchDataModule):
     - ``image`` or ``images``, with ``text`` or alone;
     - ``audio``, arrays with their sampling rate as ``datasets`` decodes them, with ``text``: the
       transcription, or the prompt of a processor with an audio token;
-    - ``messages``: chats with images or sounds, for the processor's chat template.
+    - ``messages``: chats for the processor's chat template. Images and sounds are in their content,
+      or in columns of their own, in the order of the blocks that have none.
 
     Labels are the transcription, or the text without the tokens that stand for images or sounds.
+    Where the text is the input of an encoder, they would be meaningless: use ``labels=False``.
 
     Args:
         dataset: A ``datasets.Dataset``, a hub name, a local folder or file, a ``TextSource`` (whose
@@ -59,6 +58,8 @@ class ProcessorDataModule(BatchDataModule):
             several such sets. Default: ``None``, further rows of ``dataset``.
         evaluation_samples: Number of evaluation rows, per set if there are several. Default: 64.
         batch_size: Number of rows per batch. Default: 1.
+        labels: Whether batches of text have labels, of which the perplexity is computed. Default:
+            ``True``; use ``False`` for models that do not generate text.
         seed: Seed of the shuffle. Iterables that are not sequences keep their order. Default: 0.
         trust_remote_code: Allow custom code from the checkpoint. Default: ``False``.
 
@@ -67,6 +68,7 @@ class ProcessorDataModule(BatchDataModule):
             processor cannot process a row.
 
     Examples:
+        >>> import torch
         >>> from transformers import CLIPImageProcessor
         >>> rows = [{"image": torch.rand(3, 8, 8)} for _ in range(4)]
         >>> processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8, do_rescale=False)
@@ -85,15 +87,25 @@ class ProcessorDataModule(BatchDataModule):
         evaluation: Rows | Mapping[str, Rows] | None = None,
         evaluation_samples: int = 64,
         batch_size: int = 1,
+        labels: bool = True,
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
         if isinstance(processor, str):
             processor = load_processor(processor, trust_remote_code=trust_remote_code)
-        super().__init__(dataset, evaluation, processor)  # type: ignore[arg-type]
-        for name, size in (("samples", samples), ("evaluation_samples", evaluation_samples)):
+        super().__init__([], [], processor)
+        # streams are no batches, which the base class would load
+        self.dataset, self.evaluation = dataset, evaluation
+        self._check_sources()
+        sizes = {
+            "samples": samples,
+            "evaluation_samples": evaluation_samples,
+            "batch_size": batch_size,
+        }
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, but got {size}")
+        self.labels = labels
         self.columns = None if columns is None else dict(columns)
         self.samples = samples
         self.evaluation_samples = evaluation_samples
@@ -115,7 +127,7 @@ class ProcessorDataModule(BatchDataModule):
     @property
     def settings(self) -> dict[str, Any]:
         """Arguments and hashes, as recorded in the manifest."""
-        names = ("columns", "samples", "evaluation_samples", "batch_size", "seed")
+        names = ("columns", "samples", "evaluation_samples", "batch_size", "labels", "seed")
         dataset = {"iterable": type(self).__name__, "rows": source_settings(self.dataset)}
         return {**super().settings, "dataset": dataset, **{n: getattr(self, n) for n in names}}
 
@@ -131,22 +143,32 @@ class ProcessorDataModule(BatchDataModule):
     def _processed(
         self, rows: Iterator[tuple[int, Any]], count: int, name: str, split: str
     ) -> list[dict[str, Tensor]]:
-        taken = list(islice(rows, count))
-        if len(taken) < count:
-            raise ValueError(
-                f"there are not enough rows for {split}: {count} are needed, and {name} has only "
-                f"{len(taken)} more; use fewer samples, or more rows"
-            )
-        chunks = (taken[i : i + self.batch_size] for i in range(0, count, self.batch_size))
-        return read_batches((self._batch(chunk, name) for chunk in chunks), split)
+        batches, num_read = [], 0
+        while num_read < count:  # decoded rows take far more memory than processed ones
+            chunk = list(islice(rows, min(self.batch_size, count - num_read)))
+            if not chunk:
+                raise ValueError(
+                    f"there are not enough rows for {split}: {count} are needed, and {name} has "
+                    f"only {num_read} more; use fewer samples, or more rows"
+                )
+            num_read += len(chunk)
+            batches.append(self._batch(chunk, name))
+        return read_batches(batches, split)
 
     def _batch(self, rows: Sequence[tuple[int, Any]], name: str) -> dict[str, Any]:
-        arguments: dict[str, list[Any]] = {}
-        for number, row in rows:
-            for argument, column in self._columns_of(row, number, name).items():
-                arguments.setdefault(argument, []).append(row[column])
+        columns = [self._columns_of(row, number, name) for number, row in rows]
+        for (number, _), others in zip(rows, columns, strict=True):
+            if others != columns[0]:
+                raise ValueError(
+                    f"row {number} of {name} has the columns {', '.join(others.values())}, and row "
+                    f"{rows[0][0]} has {', '.join(columns[0].values())}: use batch_size=1"
+                )
+        arguments = {
+            argument: [row[column] for _, row in rows] for argument, column in columns[0].items()
+        }
         try:
-            return process(self.processor, arguments)
+            batch = process(self.processor, arguments)
+            return batch if self.labels else {k: x for k, x in batch.items() if k != "labels"}
         except Exception as error:  # raised by the processor or by a chat template
             numbers = ", ".join(str(number) for number, _ in rows)
             raise ValueError(
@@ -163,6 +185,8 @@ class ProcessorDataModule(BatchDataModule):
             )
         if self.columns is None:
             found = {COLUMNS[column]: column for column in row if column in COLUMNS}
+            if "messages" in found:
+                found.pop("text", None)  # the chat has its own text
         else:
             found = {k: column for k, column in self.columns.items() if column in row}
         missing = set(self.columns or ()) - set(found)
@@ -173,55 +197,3 @@ class ProcessorDataModule(BatchDataModule):
                 f"{expected}: name them, such as columns={{'images': 'photo', 'text': 'caption'}}"
             )
         return found
-
-
-def process(processor: Any, arguments: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """Return a batch, with labels if there is text.
-
-    Args:
-        processor: The processor.
-        arguments: Its arguments, each a list with one value per row.
-    """
-    if "messages" in arguments:
-        options = {"tokenize": True, "return_dict": True, "padding": True}
-        batch = processor.apply_chat_template(arguments["messages"], return_tensors="pt", **options)
-        return _with_labels(processor, dict(batch))
-    inputs: dict[str, Any] = dict(arguments)
-    if "audio" in inputs:
-        sounds, rates = zip(*map(_decoded, inputs["audio"]), strict=True)
-        inputs |= {"audio": list(sounds), "sampling_rate": rates[0]}
-        if "text" in inputs and getattr(processor, "audio_token", None) is None:
-            return _transcribed(processor, inputs)
-    if "text" in inputs:
-        inputs["padding"] = True
-    return _with_labels(processor, dict(processor(**inputs, return_tensors="pt")))
-
-
-def _decoded(sound: Any) -> tuple[Any, int]:
-    """Return the samples and the sampling rate of a sound that ``datasets`` has decoded."""
-    if isinstance(sound, Mapping):
-        return torch.as_tensor(sound["array"]).float().numpy(), int(sound["sampling_rate"])
-    samples = sound.get_all_samples()  # of torchcodec
-    return samples.data.mean(0).numpy(), int(samples.sample_rate)
-
-
-def _transcribed(processor: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return features of sounds, and their transcriptions as labels."""
-    # features are padded as the processor does by default: to the length that the model needs
-    text = inputs.pop("text")
-    tokens = processor.tokenizer(text, padding=True, return_tensors="pt")
-    labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORE_INDEX)
-    return {**processor(**inputs, return_tensors="pt"), "labels": labels}
-
-
-def _with_labels(processor: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """Add the labels of text: all tokens but padding and those of images and sounds."""
-    if "input_ids" not in batch:
-        return batch
-    ids = batch["input_ids"]
-    ignored = batch["attention_mask"] == 0
-    for attribute in PLACEHOLDERS:
-        token = getattr(processor, attribute, None)
-        if token is not None:
-            ignored = ignored | (ids == token)
-    return {**batch, "labels": ids.masked_fill(ignored, IGNORE_INDEX)}

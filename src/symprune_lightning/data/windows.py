@@ -74,16 +74,16 @@ class Windows:
     def num_bytes(self, tokenizer: Tokenizer) -> int:
         """Return the number of UTF-8 bytes of the text that is counted in the perplexity.
 
-        Special tokens have no bytes. A character that a window boundary divides is counted as the
-        tokenizer decodes its parts.
+        Special tokens have no bytes. All counted tokens are decoded at once, so that characters and
+        spaces at the boundaries of windows are not lost.
         """
-        counted = self.targets != IGNORE_INDEX
-        texts = tokenizer.batch_decode(
-            [row[keep].tolist() for row, keep in zip(self.ids, counted, strict=True)],
+        targets = self.targets
+        text = tokenizer.decode(
+            targets[targets != IGNORE_INDEX].tolist(),
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
-        return sum(len(text.encode()) for text in texts)
+        return len(str(text).encode())
 
 
 class WindowDataset(Dataset[dict[str, Tensor]]):

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,12 @@ def _replace_directory(tmp: Path, path: Path, backup: Path) -> None:
 
 def _finish_file(path: Path) -> None:
     """Give a file the permissions of any new one, and write it to the disk."""
-    # safetensors makes files that only their owner can read, whatever the umask
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    if path.stat().st_mode & 0o077 == 0:
+        # safetensors makes files that only their owner can read, whatever the umask
+        mask = os.umask(0o077)
+        os.umask(mask)
+        with suppress(OSError):  # a file system without permissions
+            path.chmod(0o666 & ~mask)
     _fsync(path)
 
 

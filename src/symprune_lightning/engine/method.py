@@ -210,7 +210,10 @@ class PruningMethod:
                 )
 
     def _check_types(self) -> None:
-        """Refuse strings where numbers are expected."""
+        """Refuse strings where lists or numbers are expected."""
+        for name, entries in (("ignore", self.ignore), ("only", self.only)):
+            if isinstance(entries, str):
+                raise ValueError(f"{name} is the string {entries!r}; pass a list of names")
         levels = self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]
         for level in levels:
             if isinstance(level, bool) or not isinstance(level, Real):
@@ -223,7 +226,8 @@ class PruningMethod:
         if pattern is not None and self.sparsity not in (DEFAULT_SPARSITY, pattern.sparsity):
             raise ValueError(
                 f"sparsity={self.sparsity} has no effect with {pattern}, which prunes "
-                f"{pattern.sparsity:.0%} of the weights: pass one of them"
+                f"{pattern.sparsity:.0%} of the weights: pass one of them (where a recipe sets "
+                f"sparsity, sparsity={DEFAULT_SPARSITY} takes it back)"
             )
         orders: dict[str, tuple[CalibrationOrder, ...]]
         orders = {"block": ("block", "dense"), "model": ("dense",)}

@@ -141,9 +141,9 @@ def prune_model(
             is called with all of them once more; the routed ones give the output).
         unreached: Layers that no calibration token reached are left ``"dense"``, or pruned by
             ``"magnitude"``. Both are named in the result.
-        ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``. Routers,
-            output projections and adapters are left dense in any case, unless ``only`` has their
-            exact names.
+        ignore: Layers to leave dense: names, or regular expressions prefixed with ``re:``. Heads,
+            routers, output projections and adapters are left dense in any case, unless ``only`` has
+            their exact names.
         only: Layers to prune, in the same form; ``None`` for all.
         forward: Called as ``forward(model, batch)`` in place of the rule for ``batches``.
         loss: Called as ``loss(model, batch)`` for sensitivities; must return the summed loss. By
@@ -232,7 +232,7 @@ def prune_with(
         batches = _listed(batches, options.communicator)  # iterated more than once, or counted
         if method.reconstruct is not None:
             _check_reconstruction(model, layers, len(batches), options.communicator)
-    forward = options.forward or call_model
+    forward = options.forward or _call
     calibration = Calibration(
         model,
         batches,
@@ -316,6 +316,18 @@ def _check_reconstruction(
         )
     count = torch.tensor([num_batches if communicator.contributes else 0])
     split_batches(range(int(communicator.all_reduce_sum(count))))
+
+
+def _call(model: nn.Module, batch: Any) -> object:
+    """Run the model on a batch, where the caller has not said how."""
+    try:
+        return call_model(model, batch)
+    except TypeError as error:
+        raise TypeError(
+            f"{error} (mappings are passed as keyword arguments, tuples and lists as positional "
+            f"ones; otherwise say how to run the model, such as forward=lambda model, batch: "
+            f"model(batch[0]))"
+        ) from error
 
 
 def _open_journal(

@@ -58,9 +58,7 @@ def call_model(model: nn.Module, batch: Any) -> object:
         inspect.signature(model.forward).bind(*batch)
     except TypeError as error:
         raise TypeError(
-            f"{type(model).__name__}.forward does not take a batch of {len(batch)} values: {error} "
-            f"(tuples and lists are passed as positional arguments; if a batch has labels too, "
-            f"pass forward=lambda model, batch: model(batch[0]))"
+            f"{type(model).__name__}.forward does not take a batch of {len(batch)} values: {error}"
         ) from error
     return model(*batch)
 

@@ -70,9 +70,13 @@ def _heads(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
                     yield from (part for part in parts if isinstance(part, nn.Linear))
         classifier = getattr(module, "get_classifier", None)
         if callable(classifier):
-            head = classifier()
-            if isinstance(head, nn.Module):
-                yield from head.modules()
+            try:
+                heads = classifier()
+            except TypeError:  # a method of another meaning, with arguments
+                continue
+            for head in heads if isinstance(heads, tuple) else (heads,):
+                if isinstance(head, nn.Module):
+                    yield from head.modules()
 
 
 def _output_projections(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:

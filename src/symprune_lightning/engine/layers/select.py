@@ -37,10 +37,10 @@ def prunable_layers(
 ) -> list[Layer]:
     """Return the layers to prune, in the order in which the model registers them.
 
-    Routers, output projections and adapters are left dense unless ``only`` names them exactly (see
-    ``exempt_layers``). A parameter shared with a module that is no prunable layer (an output
-    projection tied to the embeddings) is never pruned; one shared by several layers is listed once,
-    and left dense if one of them is.
+    Heads, routers, output projections and adapters are left dense unless ``only`` names them
+    exactly (see ``exempt_layers``). A parameter shared with a module that is no prunable layer (an
+    output projection tied to the embeddings) is never pruned; one shared by several layers is
+    listed once, and left dense if one of them is.
 
     Args:
         model: Any module.
@@ -80,8 +80,8 @@ def prunable_layers(
         raise ValueError(
             f"nothing to prune: {type(model).__name__} has {len(candidates)} layers that can be "
             f"pruned, and all are excluded by `ignore` or `only`, tied to other modules, or "
-            f"routers, output projections, adapters or patch embeddings, which are pruned only if "
-            f"`only` has their exact names"
+            f"heads, routers, output projections, adapters or patch embeddings, which are pruned "
+            f"only if `only` has their exact names"
         )
     return layers
 
