@@ -20,7 +20,7 @@ from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 
 from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX, load_model
-from symprune_lightning.data.windows import WindowDataset
+from symprune_lightning.data.windows import WindowDataset, is_counted, num_replicas
 from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.distributed.sharding import shard_model_
 from symprune_lightning.engine.forward.calibration import logits_of
@@ -343,8 +343,7 @@ class TransformersModule(LightningModule):
     @property
     def _num_copies(self) -> int:
         """Number of ranks that evaluate the same batches, as those of tensor parallelism do."""
-        sampler = None if self._trainer is None else self._trainer.distributed_sampler_kwargs
-        return 1 if sampler is None else self.trainer.world_size // int(sampler["num_replicas"])
+        return 1 if self._trainer is None else self.trainer.world_size // num_replicas(self.trainer)
 
     def _log_perplexity(self, stage: str, single: TokenPerplexity) -> None:
         metrics = dict(self._loader_metrics)
@@ -432,10 +431,7 @@ class CausalLMModule(TransformersModule):
         if labels is None:
             labels = batch["input_ids"]
             if "attention_mask" in batch:
-                is_padding = batch["attention_mask"] == 0
-                # neither padding nor what padding on the left would predict: the first token
-                follows_padding = F.pad(is_padding[:, :-1], (1, 0), value=False)
-                labels = labels.masked_fill(is_padding | follows_padding, IGNORE_INDEX)
+                labels = labels.masked_fill(~is_counted(batch["attention_mask"]), IGNORE_INDEX)
         return _next_labels(labels)
 
 

@@ -41,9 +41,9 @@ def test_settings_of_a_protocol(project):
 
 def test_other_arguments_stay_as_they_are():
     given = ["prune", "--config", "ria", "--trainer.devices=2", "--output", "score", "-c", "x"]
-    assert expand(given, METHOD) == given
+    assert expand(given, METHOD, {}) == given
     source = ["--data.dataset", "TextSource", "--data.dataset.path", "a", "--data.dataset.split=b"]
-    assert expand(source, METHOD) == source
+    assert expand(source, METHOD, {}) == source
 
 
 @pytest.mark.parametrize(

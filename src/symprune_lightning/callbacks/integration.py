@@ -141,14 +141,12 @@ def calibration_forward(trainer: Trainer, module: LightningModule) -> Forward:
         with trainer.precision_plugin.forward_context():
             if step is not None:
                 return step(batch)
-            try:
-                return call_model(model, batch)
-            except TypeError as error:
-                raise TypeError(
-                    f"{error} (mappings are passed as keyword arguments, tuples and lists as "
-                    f"positional ones; in a LightningModule whose forward expects something else, "
-                    f"define calibration_step(batch))"
-                ) from error
+            return call_model(
+                model,
+                batch,
+                "in a LightningModule whose forward expects something else, define "
+                "calibration_step(batch)",
+            )
 
     return forward
 

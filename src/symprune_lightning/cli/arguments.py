@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 from symprune_lightning.cli.help import suggestion
 
@@ -13,9 +12,7 @@ SOURCES = ("--data.dataset", "--data.evaluation")
 
 
 def expand(
-    arguments: Sequence[str],
-    method: Collection[str],
-    protocols: Mapping[str, str] = MappingProxyType({}),
+    arguments: Sequence[str], method: Collection[str], protocols: Mapping[str, str]
 ) -> list[str]:
     """Return arguments with short options written out.
 
@@ -29,7 +26,7 @@ def expand(
       and column.
 
     Examples:
-        >>> expand(["--score", "wanda", "--score.alpha=1"], ["score"])
+        >>> expand(["--score", "wanda", "--score.alpha=1"], ["score"], {})
         ['--pruning.score', 'wanda', '--pruning.score.alpha=1']
     """
     expanded = list(_split(arguments, method))

@@ -200,7 +200,7 @@ def _run(arguments: list[str]) -> None:
     else:
         commands = ["prune", *COMMANDS, *(name for name in SUMMARIES if name != "prune")]
         raise ValueError(
-            f"there is no command {arguments[0]!r}{suggestion(arguments[0], commands)} The "
+            f"there is no command {arguments[0]!r}{suggestion(arguments[0], commands) or '.'} The "
             f"commands are: {', '.join(commands)}"
         )
 

@@ -110,13 +110,17 @@ class PruningCLI(LightningCLI):
 
     before_test = before_validate
 
+    @property
+    def _pruning_callbacks(self) -> list[PruningCallback]:
+        return [c for c in self.trainer.callbacks if isinstance(c, PruningCallback)]
+
     def before_fit(self) -> None:
         """Refuse a pruning callback that would have no effect.
 
         Raises:
             ValueError: No pruning callback prunes in ``fit``.
         """
-        pruning = [c for c in self.trainer.callbacks if isinstance(c, PruningCallback)]
+        pruning = self._pruning_callbacks
         if pruning and all(c.when in ("validate", "test") for c in pruning):
             raise ValueError(
                 f"symprune fit prunes nothing with when={pruning[0].when!r}: use --when fit_start "
@@ -125,8 +129,7 @@ class PruningCLI(LightningCLI):
 
     def after_validate(self) -> None:
         """Print the result, if a callback has pruned and evaluated the dense model."""
-        callbacks = [c for c in self.trainer.callbacks if isinstance(c, PruningCallback)]
-        for callback in callbacks:
+        for callback in self._pruning_callbacks:
             if self.trainer.is_global_zero and callback.result and callback.dense_metrics:
                 print(_as_text(callback))
 

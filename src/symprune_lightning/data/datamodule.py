@@ -24,12 +24,25 @@ from symprune_lightning.data.self_text import SELF, SelfText, sample_sequences
 from symprune_lightning.data.sources import Evaluation, source_settings
 from symprune_lightning.data.texts import Texts, TextSource
 from symprune_lightning.data.tokens import TokenReader, required
-from symprune_lightning.data.windows import WindowDataset, Windows, overlapping, text_prefix
+from symprune_lightning.data.windows import (
+    WindowDataset,
+    Windows,
+    num_replicas,
+    overlapping,
+    text_prefix,
+)
 from symprune_lightning.engine.forward.inputs import check_input_ids
 from symprune_lightning.module import pruning_target
 
 EVALUATION = "evaluation"
 """Name of the evaluation split, or ``"evaluation/<name>"`` for each of several."""
+
+
+def check_positive(sizes: Mapping[str, int | None]) -> None:
+    """Raise ``ValueError`` if a size is below 1; ``None`` is no size."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, but got {size}")
 
 
 class CalibrationDataModule(LightningDataModule):
@@ -143,9 +156,7 @@ class CalibrationDataModule(LightningDataModule):
             "evaluation_stride": self.evaluation_stride,
             "batch_size": self.batch_size,
         }
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, but got {size}")
+        check_positive(sizes)
         if self.training_sequences < 0:
             raise ValueError(
                 f"training_sequences must not be negative, but got {self.training_sequences}"
@@ -358,9 +369,7 @@ class CalibrationDataModule(LightningDataModule):
 
     @property
     def _num_replicas(self) -> int:
-        """Number of shards of the evaluation set; tensor-parallel ranks share one."""
-        sampler = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return 1 if sampler is None else int(sampler["num_replicas"])
+        return 1 if self.trainer is None else num_replicas(self.trainer)
 
     def _evaluation_windows(
         self, split: str, source: WindowProtocol | Texts | None, reader: TokenReader | None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from symprune_lightning.checkpoints.pretrained import Processor, load_processor
 from symprune_lightning.data.batches import BatchDataModule, check_common_batches, read_batches
+from symprune_lightning.data.datamodule import check_positive
 from symprune_lightning.data.processing import process
 from symprune_lightning.data.reader import check_one_split, shuffled
 from symprune_lightning.data.sources import source_settings
@@ -102,9 +103,7 @@ class ProcessorDataModule(BatchDataModule):
             "evaluation_samples": evaluation_samples,
             "batch_size": batch_size,
         }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, but got {size}")
+        check_positive(sizes)
         self.labels = labels
         self.columns = None if columns is None else dict(columns)
         self.samples = samples

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812
 from transformers import FeatureExtractionMixin
 
 from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX
+from symprune_lightning.data.windows import is_counted
 
 PLACEHOLDERS = ("image_token", "video_token", "audio_token")
 """Attributes of processors: tokens that stand for parts of an image or a sound."""
@@ -114,9 +114,7 @@ def _with_labels(processor: Any, batch: dict[str, Any]) -> dict[str, Any]:
     if "input_ids" not in batch:
         return batch
     ids = batch["input_ids"]
-    is_padding = batch["attention_mask"] == 0
-    # neither padding nor what padding on the left would predict: the first token
-    ignored = is_padding | F.pad(is_padding[:, :-1], (1, 0), value=False)
+    ignored = ~is_counted(batch["attention_mask"])
     for token in _placeholders(processor):
         ignored = ignored | (ids == token)
     return {**batch, "labels": ids.masked_fill(ignored, IGNORE_INDEX)}

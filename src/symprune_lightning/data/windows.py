@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -86,6 +88,18 @@ class Windows:
         return len(str(text).encode())
 
 
+def is_counted(mask: Tensor) -> Tensor:
+    """Return which tokens of padded rows are counted in a loss: text that follows no padding.
+
+    Padding on the left would predict the first token of the text.
+
+    Args:
+        mask: Attention mask, ``(rows, length)``, 0 or ``False`` for padding.
+    """
+    is_text = mask.bool()
+    return is_text & F.pad(is_text[:, :-1], (1, 0), value=True)
+
+
 class WindowDataset(Dataset[dict[str, Tensor]]):
     """Windows as arguments of the model, with the size of their text.
 
@@ -118,6 +132,12 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self._rows[index]
+
+
+def num_replicas(trainer: Trainer) -> int:
+    """Return the number of shards of the evaluation data; tensor-parallel ranks share one."""
+    sampler = trainer.distributed_sampler_kwargs
+    return 1 if sampler is None else int(sampler["num_replicas"])
 
 
 def text_prefix(tokenizer: Tokenizer, add_bos: bool | None) -> list[int]:

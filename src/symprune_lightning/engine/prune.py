@@ -320,14 +320,11 @@ def _check_reconstruction(
 
 def _call(model: nn.Module, batch: Any) -> object:
     """Run the model on a batch, where the caller has not said how."""
-    try:
-        return call_model(model, batch)
-    except TypeError as error:
-        raise TypeError(
-            f"{error} (mappings are passed as keyword arguments, tuples and lists as positional "
-            f"ones; otherwise say how to run the model, such as forward=lambda model, batch: "
-            f"model(batch[0]))"
-        ) from error
+    return call_model(
+        model,
+        batch,
+        "otherwise say how to run the model, such as forward=lambda model, batch: model(batch[0])",
+    )
 
 
 def _open_journal(

@@ -43,12 +43,27 @@ class Calibration:
     measures_all_tokens: bool = False
 
 
-def call_model(model: nn.Module, batch: Any) -> object:
+def call_model(model: nn.Module, batch: Any, advice: str) -> object:
     """Call a model: mappings as keyword arguments, tuples and lists as positional ones.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        advice: What to do if the model has other arguments.
 
     Raises:
         TypeError: The model has other arguments.
     """
+    try:
+        return _call(model, batch)
+    except TypeError as error:
+        raise TypeError(
+            f"{error} (mappings are passed as keyword arguments, tuples and lists as positional "
+            f"ones; {advice})"
+        ) from error
+
+
+def _call(model: nn.Module, batch: Any) -> object:
     if isinstance(batch, Mapping):
         check_batch(model, batch)
         return model(**batch)
