@@ -13,6 +13,8 @@ from .checkpoints.masks import apply_masks as apply_masks
 from .checkpoints.masks import infer_masks as infer_masks
 from .checkpoints.masks import load_masks as load_masks
 from .checkpoints.masks import save_masks as save_masks
+from .checkpoints.masks_only import pack_masks as pack_masks
+from .checkpoints.masks_only import restore_from_masks as restore_from_masks
 from .checkpoints.packed import pack_checkpoint as pack_checkpoint
 from .checkpoints.packed import unpack_checkpoint as unpack_checkpoint
 from .checkpoints.streaming import StreamedCheckpoint as StreamedCheckpoint

@@ -58,3 +58,18 @@ def test_packed_copies(project, symprune, capsys):
     weights = (load_file(f"{folder}/model.safetensors") for folder in (output, again))
     before, after = weights
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_masks_only(project, symprune, capsys):
+    output, copy, again = (str(project / name) for name in ("out", "copy", "again"))
+    symprune("prune", "--config", "wanda", *small(project), "--output", output)
+    symprune("pack", output, copy, "--masks_only")
+    symprune("apply", "--masks", copy, "--output", again)
+    assert f"checkpoint: {again}, every tensor as in" in capsys.readouterr().out
+    for file in ("model.safetensors", "README.md", "sparsity_manifest.json"):
+        assert (project / "again" / file).read_bytes() == (project / "out" / file).read_bytes()
+    with pytest.raises(SystemExit, match=r"does not name the dense model: pass --model"):
+        symprune("apply", "--masks", output, "--output", project / "other")
+    with pytest.raises(SystemExit, match="2"):
+        symprune("pack", output, project / "other", "--base", project / "model")
+    assert "--base is for --masks_only" in capsys.readouterr().err

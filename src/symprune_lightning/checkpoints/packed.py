@@ -47,12 +47,12 @@ def pack_checkpoint(folder: str | Path, output: str | Path) -> Path:
         FileNotFoundError: ``folder`` has no weights in safetensors.
         OSError: ``output`` cannot be written, has other files, or is ``folder``.
     """
-    source, path = _source_and_destination(folder, output)
+    source, path = source_and_destination(folder, output)
     files = weight_files(source)
     names = _reproducible_masks(source, files)
     info: dict[str, Any] = {"format_version": FORMAT_VERSION, "masks": names, "tensors": {}}
     with atomic_directory(path) as tmp:
-        _copy_others(source, tmp, {*files.values(), *([f"{FOLDER}/{FILE}"] if names else [])})
+        copy_others(source, tmp, {*files.values(), *([f"{FOLDER}/{FILE}"] if names else [])})
         for file in sorted(set(files.values())):
             with safe_open(source / file, framework="pt") as opened:
                 parts: dict[str, Tensor] = {}
@@ -64,7 +64,7 @@ def pack_checkpoint(folder: str | Path, output: str | Path) -> Path:
                         "file": file,
                         "shape": list(tensor.shape),
                         "is_packed": VALUES in packed,
-                        "sha256": _sha256(tensor),
+                        "sha256": sha256(tensor),
                     }
                 metadata = opened.metadata()
             (tmp / file).parent.mkdir(parents=True, exist_ok=True)
@@ -88,12 +88,17 @@ def unpack_checkpoint(folder: str | Path, output: str | Path) -> Path:
         ValueError: The copy is damaged, or of another version.
         OSError: ``output`` cannot be written, or has other files.
     """
-    source, path = _source_and_destination(folder, output)
-    info = _read_info(source)
+    source, path = source_and_destination(folder, output)
+    info = read_info(source)
+    if info.get("base") is not None:
+        raise ValueError(
+            f"{source} has the masks of {info['base']['model']} only: restore the checkpoint by "
+            f"`symprune apply --masks {folder} --output {output}`"
+        )
     tensors: Mapping[str, Any] = info["tensors"]
     files = {name: entry["file"] for name, entry in tensors.items()}
     with atomic_directory(path) as tmp:
-        _copy_others(source, tmp, {INFO, *files.values()})
+        copy_others(source, tmp, {INFO, *files.values()})
         for file in sorted(set(files.values())):
             members = {name: entry for name, entry in tensors.items() if entry["file"] == file}
             restored, metadata = _restored(source / file, members)
@@ -106,7 +111,12 @@ def unpack_checkpoint(folder: str | Path, output: str | Path) -> Path:
     return path
 
 
-def _source_and_destination(folder: str | Path, output: str | Path) -> tuple[Path, Path]:
+def source_and_destination(folder: str | Path, output: str | Path) -> tuple[Path, Path]:
+    """Return the absolute paths of a copy's source and destination, which can be written.
+
+    Raises:
+        OSError: See ``check_destination``; or they are the same folder.
+    """
     source = Path(folder).expanduser().resolve()
     path = check_destination(output)
     if source == path:
@@ -120,7 +130,13 @@ def folder_size(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _read_info(source: Path) -> dict[str, Any]:
+def read_info(source: Path) -> dict[str, Any]:
+    """Read ``packed.json``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or of another version.
+    """
     if not (source / INFO).is_file():
         raise FileNotFoundError(f"{source} has no {INFO}: pass a folder of `symprune pack`")
     try:
@@ -139,12 +155,17 @@ def _read_info(source: Path) -> dict[str, Any]:
     return info
 
 
+def packed_size(tensor: Tensor) -> int:
+    """Return the bytes of a tensor in a packed copy, without names."""
+    kept = int((_bits(tensor) != 0).sum())
+    return min(kept * tensor.element_size() + -(-tensor.numel() // 8), tensor.nbytes)
+
+
 def _packed(tensor: Tensor) -> dict[str, Tensor]:
     """Return the parts of a tensor by suffix; the tensor itself where that takes less space."""
     bits = _bits(tensor)
     kept = bits != 0  # of the bits, so that negative zeros are restored
-    size = int(kept.sum()) * tensor.element_size() + -(-tensor.numel() // 8)
-    if size >= tensor.numel() * tensor.element_size():
+    if packed_size(tensor) >= tensor.nbytes:
         return {"": tensor}
     return {VALUES: tensor.flatten()[kept], MASK: pack(kept[None])[0]}
 
@@ -162,7 +183,7 @@ def _restored(
                     restored[name] = _unpacked(values, mask, entry["shape"])
                 else:
                     restored[name] = opened.get_tensor(name)
-                if _sha256(restored[name]) != entry["sha256"]:
+                if sha256(restored[name]) != entry["sha256"]:
                     raise ValueError(f"{name} differs from the checkpoint that was packed")
             return restored, opened.metadata()
     except (SafetensorError, RuntimeError, ValueError, FileNotFoundError) as error:
@@ -183,7 +204,8 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.flatten().view(INTEGERS[tensor.element_size()])
 
 
-def _sha256(tensor: Tensor) -> str:
+def sha256(tensor: Tensor) -> str:
+    """Return a hash of dtype, shape and bits of a tensor."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -204,7 +226,7 @@ def _reproducible_masks(source: Path, files: Mapping[str, str]) -> list[str]:
     return list(masks)
 
 
-def _copy_others(source: Path, target: Path, left_out: set[str]) -> None:
+def copy_others(source: Path, target: Path, left_out: set[str]) -> None:
     """Copy all files of a folder except some."""
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)

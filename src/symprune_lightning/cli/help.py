@@ -14,6 +14,7 @@ HELP = """usage: symprune COMMAND ...
   verify    verify a checkpoint against its manifest
   apply     zero the weights of a dense model by stored masks
   pack, unpack   a copy of a checkpoint without zeros, and the checkpoint again
+  gain      what the zeros of a checkpoint save on this machine: disk, memory, time
   list      scores, refiners, weight updates, solvers, allocations, patterns, recipes
   validate, test, fit   as in LightningCLI, with pruning
 

@@ -115,10 +115,25 @@ def _pack(arguments: list[str]) -> None:
     )
     parser.add_argument("checkpoint", help="folder of the checkpoint")
     parser.add_argument("output", help="folder to write")
+    parser.add_argument(
+        "--masks_only",
+        action="store_true",
+        help="store one bit per weight and the name of the dense model, if pruning did not change "
+        "the kept weights; `symprune apply --masks OUTPUT` restores the checkpoint",
+    )
+    parser.add_argument(
+        "--base", metavar="MODEL", help="the dense model. Default: the one of the manifest"
+    )
     options = parser.parse_args(arguments)
+    if options.base and not options.masks_only:
+        parser.error("--base is for --masks_only")
+    from symprune_lightning.checkpoints.masks_only import pack_masks
     from symprune_lightning.checkpoints.packed import folder_size, pack_checkpoint
 
-    path = pack_checkpoint(options.checkpoint, options.output)
+    if options.masks_only:
+        path = pack_masks(options.checkpoint, options.output, options.base)
+    else:
+        path = pack_checkpoint(options.checkpoint, options.output)
     before, after = folder_size(options.checkpoint), folder_size(path)
     print(f"packed copy: {path}, {after / 1e6:.1f} MB, {after / before:.0%} of the checkpoint")
 
@@ -134,6 +149,22 @@ def _unpack(arguments: list[str]) -> None:
     from symprune_lightning.checkpoints.packed import unpack_checkpoint
 
     print(f"checkpoint: {unpack_checkpoint(options.packed, options.output)}")
+
+
+def _gain(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="symprune gain",
+        description="Measure on this machine what the zeros of a checkpoint save: size on disk, "
+        "and time and memory of the pruned layers in runtimes that can use zeros.",
+    )
+    parser.add_argument("checkpoint", help="folder of the checkpoint")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="allow custom code from the checkpoint"
+    )
+    options = parser.parse_args(arguments)
+    from symprune_lightning.cli.gain import print_gains
+
+    print_gains(options.checkpoint, options.trust_remote_code)
 
 
 def _list(arguments: list[str]) -> None:
@@ -183,6 +214,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "apply": _apply,
     "pack": _pack,
     "unpack": _unpack,
+    "gain": _gain,
     "list": _list,
 }
 """Commands that are not subcommands of LightningCLI."""
