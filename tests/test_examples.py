@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from symprune_lightning.cli.verify import verify
-from tests.texts import write_project
+from tests.texts import texts, write_project
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -80,3 +80,80 @@ def test_notebook(folder, monkeypatch):
             code = "".join(cell["source"]).replace("HuggingFaceTB/SmolLM2-135M-Instruct", "./model")
             exec(compile(code, "first_steps.ipynb", "exec"), names)
     assert all(check.passed for check in verify(str(folder / "pruned"), perplexity=False))
+
+
+def half_zeros(model: torch.nn.Module, part: str) -> bool:
+    """Return whether every 2-D weight with ``part`` in its name has half of each row zero."""
+    weights = [w for name, w in model.named_parameters() if part in name and w.dim() == 2]
+    assert weights
+    return all(((w == 0).sum(1) == w.shape[1] // 2).all() for w in weights)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_text_classifier(folder):
+    lines = [f"{i % 2}\t{text}" for i, text in enumerate(texts(32, 12))]
+    (folder / "texts.tsv").write_text("\n".join(lines))
+    example_module = example("text_classifier")
+    trainer = example_module.main(
+        str(folder / "model"), str(folder / "texts.tsv"), str(folder / "out")
+    )
+    module = trainer.lightning_module
+    assert half_zeros(module.model, "_proj")
+    assert (module.model.score.weight != 0).all()  # the head
+    assert {"val_loss", "val_accuracy"} <= trainer.callback_metrics.keys()
+    assert list(folder.glob("out/**/metrics.csv"))
+    assert list(folder.glob("out/**/events.out.tfevents*"))
+    best = trainer.checkpoint_callback.best_model_path
+    restored = example_module.TextClassifier(str(folder / "model"))
+    restored.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
+    assert half_zeros(restored.model, "_proj")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_litgpt_model(folder):
+    pytest.importorskip("litgpt", reason="its other requirements conflict; make install has it")
+    from litgpt.config import Config
+
+    config = Config(n_layer=2, n_head=2, n_embd=16, block_size=64, padded_vocab_size=256)
+    module = example("litgpt_model").main(config, str(folder / "texts.txt"), steps=4)
+    assert half_zeros(module.model.transformer.h, "weight")
+    assert (module.model.lm_head.weight != 0).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sentence_embeddings(folder):
+    from sentence_transformers import SentenceTransformer
+
+    (folder / "lines.txt").write_text("\n".join(texts(24, 8)))
+    arguments = [str(folder / name) for name in ("model", "lines.txt", "out")]
+    assert 0.2 < example("sentence_embeddings").main(*arguments) < 1
+    assert half_zeros(SentenceTransformer(str(folder / "out"), device="cpu"), "_proj")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_lora(folder):
+    arguments = [str(folder / name) for name in ("model", "texts.txt", "out")]
+    lost = example("peft_lora").main(*arguments)
+    assert 0 < lost < 1
+    merged = AutoModelForCausalLM.from_pretrained(folder / "out")
+    assert half_zeros(merged, "_proj")
+    dense = AutoModelForCausalLM.from_pretrained(folder / "model")
+    name = "model.layers.0.mlp.up_proj.weight"
+    kept = merged.get_parameter(name) != 0
+    assert not torch.equal(
+        merged.get_parameter(name)[kept], dense.get_parameter(name)[kept]
+    )  # the adapter is in it
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["transformers_trainer", "fabric_loop"])
+def test_other_loops(folder, name):
+    arguments = [str(folder / name) for name in ("model", "texts.txt", "out")]
+    options = {"accelerator": "cpu"} if name == "fabric_loop" else {}
+    result = example(name).main(*arguments, **options)
+    written = AutoModelForCausalLM.from_pretrained(folder / "out")
+    assert result.is_applied_to(written)
+    dense = AutoModelForCausalLM.from_pretrained(folder / "model")
+    layer = "model.layers.0.mlp.up_proj"
+    changed = written.get_parameter(f"{layer}.weight") != dense.get_parameter(f"{layer}.weight")
+    assert changed[result.masks[layer]].any()

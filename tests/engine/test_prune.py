@@ -374,6 +374,28 @@ def test_score_of_another_shape_is_refused():
     assert (model[0].weight != 0).all()
 
 
+class WholeBatch(torch.nn.Module):
+    """A model whose forward takes a mapping, as those of sentence-transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+
+    def forward(self, features, **options):
+        assert not options
+        return self.layer(features["x"])
+
+
+def test_a_mapping_is_passed_whole_to_a_model_that_takes_none_of_its_keys():
+    batches = [{"x": torch.randn(8, 4), "y": torch.zeros(8)}]
+    assert prune_model(WholeBatch(), batches).sparsity == 0.5
+    # a key that the model does not take is a mistake, if it takes another one
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        prune_model(
+            torch.nn.Sequential(torch.nn.Linear(4, 4)), [{"input": batches[0]["x"], "y": 1}]
+        )
+
+
 def test_batches_with_labels_are_explained():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     batches = [(torch.randn(8, 4), torch.zeros(8))]

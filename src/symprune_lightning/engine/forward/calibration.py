@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,8 @@ class Calibration:
 def call_model(model: nn.Module, batch: Any, advice: str) -> object:
     """Call a model: mappings as keyword arguments, tuples and lists as positional ones.
 
+    A mapping is passed whole to a model that has one argument and takes none of the keys.
+
     Args:
         model: The model.
         batch: The batch.
@@ -66,7 +69,7 @@ def call_model(model: nn.Module, batch: Any, advice: str) -> object:
 def _call(model: nn.Module, batch: Any) -> object:
     if isinstance(batch, Mapping):
         check_batch(model, batch)
-        return model(**batch)
+        return model(batch) if _takes_whole(model, batch) else model(**batch)
     if not isinstance(batch, tuple | list):
         return model(batch)
     try:
@@ -76,6 +79,20 @@ def _call(model: nn.Module, batch: Any) -> object:
             f"{type(model).__name__}.forward does not take a batch of {len(batch)} values: {error}"
         ) from error
     return model(*batch)
+
+
+def _takes_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Return whether ``forward`` takes a mapping as its one argument, and none of its keys."""
+    signature = inspect.signature(model.forward)
+    if batch.keys() & signature.parameters.keys():
+        return False  # a key that it does not take is a mistake, which the call names
+    try:
+        signature.bind(**batch)
+    except TypeError:
+        with suppress(TypeError):
+            signature.bind(batch)
+            return True
+    return False
 
 
 def logits_of(output: object) -> Tensor | None:
