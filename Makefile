@@ -23,7 +23,7 @@ test: lint docs  ## everything: lint, types, documentation, all tests; a process
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 docs: install  ## the site, to runs/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir runs/site
+	$(BIN)/zensical build --strict --clean
 
 fast: install  ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow"

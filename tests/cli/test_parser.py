@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from symprune_lightning import RIA, DSnoT, ExactSwap, R2DSnoT, SymPrune, Wanda
+from symprune_lightning import RIA, DSnoT, ExactSwap, R2DSnoT, SymPrune, TextSource, Wanda
 from symprune_lightning.callbacks.pruning import find_pruning_callback
 from symprune_lightning.cli.parser import find_recipe, instantiate, recipe_files
 from tests.cli.commands import small
@@ -99,3 +100,20 @@ def test_the_tokenizer_is_that_of_the_model(project):
 def test_null_takes_a_setting_of_a_recipe_back(project):
     options = [*small(project), "--config", "wanda-c4", "--data.evaluation=null"]
     assert instantiate(options).datamodule.evaluation is None
+
+
+def test_named_evaluation_sets(project):
+    """A value that one type of a union refuses is tried on the next."""
+    texts = str(project / "texts.txt")
+    sets = {"docs": None, "wiki": "wikitext2", "own": texts, "part": {"path": texts}}
+    (project / "sets.yaml").write_text(yaml.safe_dump({"data": {"evaluation": sets}}))
+    from_file = ["--config", str(project / "sets.yaml")]
+    as_json = ["--data.evaluation", json.dumps(sets)]
+    for options in (from_file, as_json):
+        data = instantiate([*small(project), "--config", "wanda", *options]).datamodule
+        part = data.evaluation.pop("part")
+        assert part == TextSource(texts)
+        assert data.evaluation == {"docs": None, "wiki": "wikitext2", "own": texts}
+    dotted = ["--data.evaluation.docs=null", f"--data.evaluation.own={texts}"]
+    data = instantiate([*small(project), "--config", "wanda", *dotted]).datamodule
+    assert data.evaluation == {"docs": None, "own": texts}

@@ -103,6 +103,17 @@ def test_named_evaluation_sets():
         CalibrationDataModule([[1] * 64], evaluation={"twos": [[2]]}, **SIZES).setup()
 
 
+def test_further_texts_as_one_of_several_sets():
+    texts = [[i, i + 1] for i in range(0, 400, 2)]
+    both = CalibrationDataModule(texts, evaluation={"same": None, "other": [[2] * 48]}, **SIZES)
+    alone = CalibrationDataModule(texts, **SIZES)
+    assert both.hashes["evaluation/same"] == alone.hashes["evaluation"]
+    assert both.hashes["calibration"] == alone.hashes["calibration"]
+    assert both.settings["evaluation"]["sets"]["same"] is None
+    with pytest.raises(ValueError, match="pass evaluation="):
+        CalibrationDataModule("self", tokenizer(), evaluation={"same": None}, **SIZES)
+
+
 @pytest.mark.parametrize("evaluation", [{}, {"": [[2] * 48]}])
 def test_evaluation_sets_need_names(evaluation):
     with pytest.raises(ValueError, match="at least one entry and no empty names"):

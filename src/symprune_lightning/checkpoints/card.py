@@ -126,7 +126,13 @@ def is_one_source(manifest: Mapping[str, Any]) -> bool:
     """Return whether a model was evaluated on further texts of the calibration data."""
     data = manifest.get("data") or {}
     is_evaluated = bool((manifest.get("metrics") or {}).get("pruned"))
-    return is_evaluated and "evaluation" in data and data["evaluation"] is None
+    evaluation = data.get("evaluation")
+    sets = (
+        evaluation["sets"].values()
+        if isinstance(evaluation, Mapping) and "sets" in evaluation
+        else [evaluation]
+    )
+    return is_evaluated and "evaluation" in data and all(texts is None for texts in sets)
 
 
 def _short(value: Any) -> Any:

@@ -96,19 +96,21 @@ def usage_message(message: str, options: Iterable[str], method: Collection[str])
 
 def _invalid_value(message: str, known: Sequence[str], method: Collection[str]) -> str:
     """Return one sentence for an error that lists all types of an option."""
-    option = "--" + ".".join(re.findall(r'Parser key "([\w.]+)"', message))
-    refused = re.search(r"Option '([\w.]+)' is not accepted", message)
-    problem = re.search(r"Problem with given class_path '[\w.]+':\s*([^\n]+)", message)
-    expected = re.findall(r"Expected an? <class '([\w.]+)'>", message.partition("Given value")[0])
-    value = re.search(r"(?:Given value|Got value): (.*)", message)
-    if refused is not None and option == "--":
+    key = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    option = f"--{key.removeprefix('pruning.')}"  # short for a setting of the method
+    innermost = message.rpartition("Parser key")[2]
+    refused = re.search(r"Option '([\w.]+)' is not accepted", innermost)
+    problem = re.search(r"Problem with given class_path '[\w.]+':\s*([^\n]+)", innermost)
+    expected = re.findall(r"Expected an? <class '([\w.]+)'>", innermost.partition("Given value")[0])
+    value = re.search(r"(?:Given value|Got value): (.*)", innermost)
+    if refused is not None and key in ("", "pruning"):
         hint = suggestion(refused[1], sorted(method)) or ": see `symprune list` and --help pruning"
         message = f"the method has no setting {refused[1]!r}{hint}"
     elif refused is not None:
         message = _unknown(f"{option}.{refused[1]}", known)
-    elif problem is not None and "Parser key" not in problem[1]:
+    elif problem is not None:
         message = f"{option}: {problem[1]}"
-    elif expected and value is not None and option != "--":
+    elif expected and value is not None and key:
         types = " or ".join(dict.fromkeys(expected))
         message = f"{option} is {value[1]!r}, which is no {types}"
     return message

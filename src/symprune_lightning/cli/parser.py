@@ -41,6 +41,8 @@ class PathParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one sentence, and exit with code 2."""
+        if not self.exit_on_error:  # it tries one type of a union; another may accept the value
+            super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         sentence = usage_message(message, parser._option_string_actions, METHOD)
         self.exit(2, f"symprune: {sentence}\n")

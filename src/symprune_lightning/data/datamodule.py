@@ -69,8 +69,9 @@ class CalibrationDataModule(LightningDataModule):
         sequence_length: Number of tokens per sequence. Default: 2048, as in these papers.
         evaluation: Evaluation texts, in any form that ``dataset`` accepts except ``"self"`` and
             ``SelfText``, or a mapping of names to several such sets, ``{"wiki": ..., "code":
-            ...}``, which are evaluated separately and together. Default: ``None``, which uses
-            further texts of ``dataset``.
+            ...}``, which are evaluated separately and together. ``None``, also as one of the sets,
+            uses further texts of ``dataset``: ``{"docs": None, "other": ...}`` evaluates both
+            kinds. Default: ``None``.
         evaluation_sequences: Number of evaluation sequences, per set if there are several; ``None``
             for all windows of a ``WindowProtocol``. Default: 64.
         evaluation_stride: Number of tokens between the beginnings of two evaluation sequences. They
@@ -190,7 +191,8 @@ class CalibrationDataModule(LightningDataModule):
                 f"{name} has calibration and evaluation windows only: use training_sequences=0, or "
                 f"another dataset"
             )
-        if isinstance(dataset, SelfText) and evaluation is None:
+        sets = evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]
+        if isinstance(dataset, SelfText) and any(texts is None for texts in sets):
             raise ValueError(
                 "dataset='self' samples calibration and training sequences only: pass evaluation=, "
                 "such as evaluation='python-docs'"

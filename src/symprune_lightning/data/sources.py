@@ -13,7 +13,9 @@ from symprune_lightning.data.self_text import SELF, SelfText
 from symprune_lightning.data.texts import Texts, TextSource
 
 # The order matters, see Texts.
-Evaluation = TextSource | WindowProtocol | Mapping[str, WindowProtocol | Texts] | None | Texts
+Evaluation = (
+    TextSource | WindowProtocol | Mapping[str, WindowProtocol | Texts | None] | None | Texts
+)
 
 
 def source_settings(source: Any) -> Any:
