@@ -41,7 +41,7 @@ def test_the_card_names_the_data_and_refiners():
     card = model_card({"settings": settings, "data": data, "architecture": "BertModel"})
     assert "# BertModel (pruned)" in card
     assert "| score | `Wanda` |" in card
-    assert "| refine | `re:.*: R2DSnoT(guard='gram'), ExactSwap` |" in card
+    assert "| refine | `R2DSnoT(guard='gram'), ExactSwap` |" in card
     assert "| dataset | `path: org/texts, split: train` |" in card
     assert "| seed | `0` |" in card
     assert "evaluation" not in card

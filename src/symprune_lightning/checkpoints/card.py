@@ -106,12 +106,9 @@ def _lines(name: str, manifest: Mapping[str, Any]) -> Iterator[str]:
         f"and metrics, and `symprune/` contains the masks."
     )
     yield from _coverage(manifest.get("coverage") or {})
-    settings = {k: v for k, v in manifest.get("settings", {}).items() if v not in (None, [], {})}
-    method = [(name, _short(value)) for name, value in settings.items()]
-    yield from _table("Method", ("setting", "value"), method)
-    data = manifest.get("data") or {}
-    shown = [(name, _short(data[name])) for name in DATA if data.get(name) is not None]
-    yield from _table("Calibration data", ("setting", "value"), shown)
+    method, data = shown_settings(manifest)
+    yield from _table("Method", ("setting", "value"), method.items())
+    yield from _table("Calibration data", ("setting", "value"), data.items())
     distillation = manifest.get("distillation") or {}
     yield from _table("Distillation", ("setting", "value"), distillation.items())
     metrics = manifest.get("metrics", {})
@@ -120,6 +117,17 @@ def _lines(name: str, manifest: Mapping[str, Any]) -> Iterator[str]:
     yield from _table("Metrics", ("metric", "dense", "pruned"), rows)
     if is_one_source(manifest):
         yield from ("", ONE_SOURCE)
+
+
+def shown_settings(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of the method and of the calibration data that differ from ``None``.
+
+    Methods are written as calls.
+    """
+    settings = manifest.get("settings") or {}
+    method = {k: _short(v) for k, v in settings.items() if v not in (None, [], {})}
+    data = manifest.get("data") or {}
+    return method, {name: _short(data[name]) for name in DATA if data.get(name) is not None}
 
 
 def is_one_source(manifest: Mapping[str, Any]) -> bool:
@@ -141,6 +149,8 @@ def _short(value: Any) -> Any:
         return ", ".join(str(_short(part)) for part in value)
     if not isinstance(value, Mapping):
         return value
+    if value.keys() == {"re:.*"}:  # one method for all layers
+        return _short(value["re:.*"])
     if "name" in value and "path" not in value:  # a source has a name too
         options = ", ".join(f"{k}={v!r}" for k, v in value.items() if k != "name")
         return f"{value['name']}({options})" if options else value["name"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -80,8 +81,30 @@ def test_figures_are_those_of_the_manifest(tmp_path, order):
     assert all(x.startswith("data:") for x in page.loaded)
     assert not re.search(r"https?://", text)
     images = {p.stem for p in (tmp_path / "out" / "symprune").glob("*.png")}
-    assert images == {"error", "sparsity", "swaps", "scores", "masks", "time"}
+    assert images == {"error", "swaps", "scores", "masks", "time"}
     assert text.count("data:image/png;base64,") == len(images)
+
+
+def test_the_same_figures_as_json(tmp_path):
+    report = Report(prompts=["w1 w2"], new_tokens=2)
+    evaluation = {"docs": None, "other": texts(80)[40:]}
+    run(tmp_path, report, SymPrune("ria", refine="exactswap"), evaluation=evaluation)
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["manifest"] == read_manifest(tmp_path / "out")
+    assert content["asked"] == (
+        "score RIA(alpha=0.5), sparsity 0.5, group output, refine ExactSwap(cycles=50), calibrated "
+        "on texts in memory (4 × 16 tokens)"
+    )
+    dense, pruned = (content["manifest"]["metrics"][x] for x in ("dense", "pruned"))
+    name = "val_perplexity/other"
+    ratio = f"{name}: {pruned[name] / dense[name]:.2f} × that of the dense model"
+    assert content["outcome"][1].startswith(ratio)
+    assert len(content["outcome"]) == 2
+    assert content["samples"][0].keys() == {"prompt", "dense", "pruned"}
+    assert {"loading", "evaluation, dense"} <= content["seconds"].keys()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert content["asked"] in page
+    assert ratio in page
 
 
 def test_prompts_of_a_model_with_a_chat_template(tmp_path):
@@ -109,7 +132,7 @@ def test_an_evaluation_on_the_calibration_source_is_named(tmp_path, evaluation):
 def test_a_method_without_data_has_fewer_figures(tmp_path):
     run(tmp_path, Report(prompts=[]), SymPrune("magnitude", baseline=False))
     images = {p.stem for p in (tmp_path / "out" / "symprune").glob("*.png")}
-    assert images == {"sparsity", "scores", "masks", "time"}
+    assert images == {"scores", "masks", "time"}
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert page.headings[-2:] == ["Layers", "Settings"]
     assert "Generated text" not in page.headings

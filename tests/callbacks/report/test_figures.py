@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from symprune_lightning import PruningHooks, prune_model
-from symprune_lightning.callbacks.report.figures import chosen_layers, figures, histogram
+from symprune_lightning.callbacks.report.figures import (
+    chosen_layers,
+    figures,
+    histogram,
+    kinds_of,
+)
 from tests.models import batches, build
 
 
@@ -46,7 +51,7 @@ def test_a_curve_per_reconstructed_block():
     layers = [{"name": "fc", "sparsity": 0.5, "error": None, "error_refined": None, "swaps": 0}]
     blocks = [{"name": f"blocks.{i}", "errors": [0.4, 0.3, 0.2 + i / 10]} for i in range(3)]
     drawn = figures(layers, {}, {}, {}, blocks)
-    assert drawn.keys() == {"sparsity", "reconstruction"}
+    assert drawn.keys() == {"reconstruction"}
     axes = drawn["reconstruction"].axes[0]
     curves = [line.get_ydata().tolist() for line in axes.get_lines()]
     assert curves == [pytest.approx([1, 0.75, 0.5 + i / 4]) for i in range(3)]
@@ -56,11 +61,39 @@ def test_a_curve_per_reconstructed_block():
 
 def test_figures_without_data_are_left_out():
     layers = [{"name": "fc", "sparsity": 0.5, "error": None, "error_refined": None, "swaps": 0}]
-    assert figures(layers, {}, {}, {}).keys() == {"sparsity"}
+    assert not figures(layers, {}, {}, {})
     masks = {"fc": torch.eye(4, dtype=torch.bool)}
     times = {"loading": 1.0}
     measured = [{**layers[0], "error": 0.2, "error_refined": 0.1, "swaps": 3}]
     drawn = figures(measured, masks, {"fc": histogram(torch.rand(4, 4), masks["fc"])}, times)
-    assert drawn.keys() == {"sparsity", "error", "swaps", "time", "scores", "masks"}
-    legend = drawn["error"].axes[0].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["mask of the score", "refined mask"]
+    assert drawn.keys() == {"error", "swaps", "time", "scores", "masks"}
+    panels = [axes.get_title() for axes in drawn["error"].axes]
+    assert panels == ["error by the mask of the score", "error by the refined mask"]
+
+
+def test_a_line_for_each_kind_of_layer():
+    names = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("attn.q", "mlp.up", "x.1.y")]
+    layers = [
+        {"name": name, "sparsity": 0.1 * i, "error": None, "error_refined": None, "swaps": i}
+        for i, name in enumerate(names)
+    ]
+    drawn = figures(layers, {}, {}, {})
+    assert drawn.keys() == {"sparsity", "swaps"}
+    lines = drawn["swaps"].axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["attn.q", "mlp.up", "x.y"]
+    assert [line.get_xdata().tolist() for line in lines] == [[0, 1, 2]] * 3
+    assert [line.get_ydata().tolist() for line in lines] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    legend = [text.get_text() for text in drawn["swaps"].legends[0].get_texts()]
+    assert legend == ["attn.q", "mlp.up", "x.y"]
+
+
+def test_kinds_of_encoders_and_decoders_differ():
+    names = ("encoder.layers.0.fc", "decoder.layers.0.fc", "head", "experts.2.up.1")
+    kinds = kinds_of([{"name": name} for name in names])
+    assert kinds == {
+        "encoder.layers.0.fc": ("encoder.layers.fc", 0),
+        "decoder.layers.0.fc": ("decoder.layers.fc", 0),
+        "head": ("head", 0),
+        "experts.2.up.1": ("experts.up", 2),
+    }
+    assert kinds_of([{"name": "0"}, {"name": "2"}]) == {"0": ("layer", 0), "2": ("layer", 2)}

@@ -28,20 +28,20 @@ from symprune_lightning.callbacks.integration import (
 from symprune_lightning.callbacks.progress import peak_memory
 from symprune_lightning.callbacks.pruning import pruning_callbacks
 from symprune_lightning.callbacks.report.figures import Histogram, figures, histogram, png
-from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source
+from symprune_lightning.callbacks.report.summary import advice, asked, outcome
 from symprune_lightning.checkpoints.manifest import build_manifest
-from symprune_lightning.engine.files import atomic_file
+from symprune_lightning.engine.files import atomic_file, write_json
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.module import pruning_target
 
-PAGE = "report.html"
+PAGE, FIGURES = "report.html", "report.json"
 SECTIONS = [
     (
         "error",
         "Error of the layers",
         "Squared change of a layer's output on the calibration data, relative to its squared "
-        "norm: by the initial mask, and after refining.",
+        "norm. One line for each kind of layer.",
     ),
     ("sparsity", "Sparsity of the layers", "Fraction of zeros."),
     (
@@ -69,11 +69,12 @@ PROMPTS = ("The capital of France is", "To make a cup of tea,")
 
 
 class Report(Callback, PruningHooks):
-    """Writes ``report.html``: metrics, figures and samples of a run on one page.
+    """Writes ``report.html``: summary, metrics, figures and samples of a run on one page.
 
     The page is self-contained, responsive, and supports dark mode; the figures are also written to
-    ``symprune/`` as PNG files. Scalars by layer, and the figures if it accepts any, go to the
-    Trainer's loggers. ``Trainer.prune(output=…)`` writes the page into the checkpoint.
+    ``symprune/`` as PNG files, and all numbers and sentences to ``report.json``. Scalars by layer,
+    and the figures if it accepts any, go to the Trainer's loggers. ``Trainer.prune(output=…)``
+    writes the page into the checkpoint.
 
     Add it to the callbacks of the Trainer, together with a pruning callback. Needs ``pip install
     "symprune-lightning[report]"``.
@@ -177,7 +178,7 @@ class Report(Callback, PruningHooks):
             manifest: Contents of ``sparsity_manifest.json``.
 
         Returns:
-            Path of the page.
+            Path of the page. ``report.json`` beside it has the same figures.
         """
         plots = figures(
             manifest["layers"],
@@ -193,11 +194,30 @@ class Report(Callback, PruningHooks):
         for name, data in images.items():
             with atomic_file(images_folder / f"{name}.png") as tmp:
                 tmp.write_bytes(data)
+        summary = {
+            "asked": asked(manifest),
+            "outcome": list(outcome(manifest)),
+            "advice": advice(manifest),
+        }
         with atomic_file(folder / PAGE) as tmp:
-            tmp.write_text(self._page(manifest, images), encoding="utf-8")
+            tmp.write_text(self._page(manifest, images, summary), encoding="utf-8")
+        times, samples = self._split_times(manifest), self._sample_rows()
+        content = {**summary, "seconds": times, "samples": samples, "manifest": dict(manifest)}
+        write_json(folder / FIGURES, content)
         return folder / PAGE
 
-    def _page(self, manifest: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+    def _sample_rows(self) -> list[dict[str, str]]:
+        """Return prompts with the answers of the dense and of the pruned model."""
+        answers = (self._samples.get("dense", []), self._samples.get("pruned", []))
+        rows = zip(self.prompts, *answers, strict=False)
+        return [{"prompt": p, "dense": d, "pruned": s} for p, d, s in rows]
+
+    def _page(
+        self,
+        manifest: Mapping[str, Any],
+        images: Mapping[str, bytes],
+        summary: Mapping[str, Any],
+    ) -> str:
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
         loader = PackageLoader("symprune_lightning.callbacks.report", ".")
@@ -220,22 +240,16 @@ class Report(Callback, PruningHooks):
             "layers_pruned_by_magnitude",
         )
         settings = {key: manifest[key] for key in keys if manifest.get(key)}
-        samples = zip(
-            self.prompts,
-            self._samples.get("dense", []),
-            self._samples.get("pruned", []),
-            strict=False,
-        )
         return environment.get_template("page.html.j2").render(
             title=f"{Path(str(manifest['model'])).name or 'Model'}, pruned",
             made=time.strftime("%Y-%m-%d %H:%M"),
             manifest=manifest,
             metrics=rows,
-            note=ONE_SOURCE if is_one_source(manifest) else "",
+            summary=summary,
             facts=[("peak memory of the process", peak_memory())],
             sections=SECTIONS,
             images={name: base64.b64encode(data).decode() for name, data in images.items()},
-            samples=[{"prompt": p, "dense": d, "pruned": s} for p, d, s in samples],
+            samples=self._sample_rows(),
             settings=json.dumps(settings, indent=2, ensure_ascii=False),
             number=format_number,
         )

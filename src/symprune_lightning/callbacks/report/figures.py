@@ -6,6 +6,7 @@ Backgrounds are transparent and colors readable on light and dark pages.
 from __future__ import annotations
 
 import io
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,23 @@ from torch import Tensor
 if TYPE_CHECKING:  # an optional dependency
     from matplotlib.figure import Figure
 
-GRAY, BLUE, ORANGE, GREEN = "#888888", "#4a90d9", "#e08a3c", "#3c9a6a"
+GRAY, BLUE, ORANGE = "#888888", "#4a90d9", "#e08a3c"
 BINS = 60
 CROP = 96
 """Number of rows and columns shown of a mask."""
 MAX_LAYERS = 6
 """Maximum number of layers whose scores and masks are shown."""
+WIDTH, FONT = 5.5, 11
+"""Width of a figure in inches and size of its letters in points: legible on a phone."""
+SAME = 0.005
+"""Sparsities that differ by less are not drawn."""
+
+ERRORS = (
+    ("error", "error by the mask of the score"),
+    ("error_refined", "error by the refined mask"),
+    ("error_updated", "error with updated weights"),
+)
+"""Entries of a layer report, and the titles of their panels."""
 
 LayerReports = Sequence[Mapping[str, Any]]
 """Entry ``layers`` of the manifest: one mapping per layer, in the order of pruning."""
@@ -96,14 +108,15 @@ def figures(
         Figures by name: ``"sparsity"``, ``"error"``, ``"swaps"``, ``"reconstruction"``, ``"time"``,
         ``"experts"``, ``"scores"`` and ``"masks"``.
     """
-    drawn = {"sparsity": _line_plot(layers, "fraction of zeros", [("sparsity", BLUE, "sparsity")])}
-    errors = [("error", ORANGE, "mask of the score"), ("error_refined", BLUE, "refined mask")]
-    if any(layer.get("error_updated") is not None for layer in layers):
-        errors.append(("error_updated", GREEN, "updated weights"))
-    if any(layer.get("error") is not None for layer in layers):
-        drawn["error"] = _line_plot(layers, "relative squared error of the layer's output", errors)
+    drawn = {}
+    sparsities = [float(layer["sparsity"]) for layer in layers]
+    if max(sparsities) - min(sparsities) > SAME:
+        drawn["sparsity"] = _layer_plot(layers, [("sparsity", "fraction of zeros")])
+    errors = [(key, label) for key, label in ERRORS if _has_values(layers, key)]
+    if errors:
+        drawn["error"] = _layer_plot(layers, errors)
     if any(layer.get("swaps") for layer in layers):
-        drawn["swaps"] = _line_plot(layers, "swaps by the refiner", [("swaps", BLUE, "swaps")])
+        drawn["swaps"] = _layer_plot(layers, [("swaps", "swaps by the refiner")])
     experts = tokens_by_expert(layers)
     if experts:
         drawn["experts"] = _heat_map(experts)
@@ -157,7 +170,7 @@ def tokens_by_expert(layers: LayerReports) -> dict[str, list[int]]:
 def png(figure: Figure) -> bytes:
     """Return a figure as the contents of a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, transparent=True)
+    figure.savefig(buffer, format="png", dpi=180, transparent=True)
     return buffer.getvalue()
 
 
@@ -179,26 +192,79 @@ def _axes(figure: Figure, *position: int) -> Any:
     axes = figure.add_subplot(*(position or (1, 1, 1)))
     for spine in axes.spines.values():
         spine.set_color(GRAY)
-    axes.tick_params(colors=GRAY, labelsize=8)
+    axes.tick_params(colors=GRAY, labelsize=FONT)
     for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
         label.set_color(GRAY)
     return axes
 
 
-def _line_plot(layers: LayerReports, title: str, lines: Sequence[tuple[str, str, str]]) -> Figure:
-    """Plot values over the layers: a key of the report, a color and a label for each line."""
-    figure = _figure((8, 2.8))
-    axes = _axes(figure)
-    for key, color, label in lines:
-        values = [layer.get(key) for layer in layers]
-        axes.plot([float("nan") if v is None else v for v in values], color=color, label=label)
-    _describe_lines(axes, "layers, in the order of pruning", title, legend=len(lines) > 1)
+def _has_values(layers: LayerReports, key: str) -> bool:
+    return any(layer.get(key) is not None for layer in layers)
+
+
+def _layer_plot(layers: LayerReports, panels: Sequence[tuple[str, str]]) -> Figure:
+    """Plot values over the blocks, a line per kind of layer and a panel per entry of the report."""
+    kinds = list(dict.fromkeys(kind for kind, _ in kinds_of(layers).values()))
+    figure = _figure((WIDTH, 0.8 + 2.4 * len(panels) + 0.12 * len(kinds)))
+    colors = _color_map("tab10" if len(kinds) <= 10 else "tab20")
+    for i, (key, title) in enumerate(panels):
+        axes = _axes(figure, len(panels), 1, i + 1)
+        axes.set_title(title, fontsize=FONT)
+        for kind, curve in curves_of(layers, key).items():
+            color = colors(kinds.index(kind) % colors.N)
+            axes.plot(list(curve), list(curve.values()), ".-", color=color, label=kind, lw=1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("block", fontsize=FONT)
+    if len(kinds) > 1:
+        handles, labels = axes.get_legend_handles_labels()
+        style = {"labelcolor": GRAY, "fontsize": FONT - 1, "ncols": 2, "frameon": False}
+        figure.legend(handles, labels, loc="outside lower center", **style)
     return figure
+
+
+def curves_of(layers: LayerReports, key: str) -> dict[str, dict[int, float]]:
+    """Return an entry of the layer reports by kind of layer and block.
+
+    The block is the first number in a layer's name, the kind all that follows; layers of one kind
+    and block, such as experts, are averaged.
+
+    Examples:
+        >>> names = ("blocks.0.fc", "blocks.1.fc", "blocks.0.experts.0.up", "blocks.0.experts.1.up")
+        >>> layers = [{"name": name, "swaps": i} for i, name in enumerate(names)]
+        >>> curves_of(layers, "swaps")
+        {'fc': {0: 0.0, 1: 1.0}, 'experts.up': {0: 2.5}}
+    """
+    kinds, values = kinds_of(layers), defaultdict[str, dict[int, list[float]]](dict)
+    for layer in layers:
+        if layer.get(key) is not None:
+            kind, block = kinds[str(layer["name"])]
+            values[kind].setdefault(block, []).append(float(layer[key]))
+    return {
+        kind: {block: sum(parts) / len(parts) for block, parts in sorted(blocks.items())}
+        for kind, blocks in values.items()
+    }
+
+
+def kinds_of(layers: LayerReports) -> dict[str, tuple[str, int]]:
+    """Return kind and block of each layer by its name."""
+    parts = {str(layer["name"]): str(layer["name"]).split(".") for layer in layers}
+    found: dict[str, tuple[str, str, int]] = {}
+    for name, path in parts.items():
+        first = next((i for i, part in enumerate(path) if part.isdecimal()), None)
+        rest = path if first is None else [part for part in path[first:] if not part.isdecimal()]
+        prefix = "" if first is None else ".".join(path[:first])
+        found[name] = (prefix, ".".join(rest), 0 if first is None else int(path[first]))
+    several = len({prefix for prefix, _, _ in found.values() if prefix}) > 1
+    return {
+        name: (".".join(filter(None, [prefix, kind])) if several else kind or "layer", block)
+        for name, (prefix, kind, block) in found.items()
+    }
 
 
 def _reconstruction_plot(blocks: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot a curve per block: its held-out error by epoch, relative to that before training."""
-    figure = _figure((8, 2.8))
+    figure = _figure((WIDTH, 3))
     axes = _axes(figure)
     colors = _color_map("viridis")
     for i, block in enumerate(blocks):
@@ -214,48 +280,48 @@ def _reconstruction_plot(blocks: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _describe_lines(axes: Any, horizontal: str, vertical: str, *, legend: bool) -> None:
     """Label axes with lines, which start at 0, and add a legend if requested."""
-    axes.set_xlabel(horizontal, fontsize=8)
-    axes.set_ylabel(vertical, fontsize=8)
+    axes.set_xlabel(horizontal, fontsize=FONT)
+    axes.set_ylabel(vertical, fontsize=FONT)
     axes.set_ylim(bottom=0)
     if legend:
-        axes.legend(frameon=False, labelcolor=GRAY, fontsize=8)
+        axes.legend(frameon=False, labelcolor=GRAY, fontsize=FONT)
 
 
 def _heat_map(experts: Mapping[str, Sequence[int]]) -> Figure:
     """Show the tokens of every expert: a row for each parameter that holds experts."""
     width = max(len(counts) for counts in experts.values())
     rows = [[*counts, *[float("nan")] * (width - len(counts))] for counts in experts.values()]
-    figure = _figure((8, 0.9 + 0.22 * len(rows)))
+    figure = _figure((WIDTH, 1.0 + 0.24 * len(rows)))
     axes = _axes(figure)
     image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
-    axes.set_yticks(range(len(rows)), [".".join(name.split(".")[-5:]) for name in experts])
-    axes.tick_params(axis="y", labelsize=6)
+    axes.set_yticks(range(len(rows)), [".".join(name.split(".")[-4:]) for name in experts])
+    axes.tick_params(axis="y", labelsize=FONT - 2)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("expert", fontsize=8)
+    axes.set_xlabel("expert", fontsize=FONT)
     bar = figure.colorbar(image, ax=axes)
-    bar.ax.tick_params(colors=GRAY, labelsize=7)
-    bar.set_label("calibration tokens", color=GRAY, fontsize=8)
+    bar.ax.tick_params(colors=GRAY, labelsize=FONT - 1)
+    bar.set_label("calibration tokens", color=GRAY, fontsize=FONT)
     return figure
 
 
 def _bar_chart(times: Mapping[str, float]) -> Figure:
-    figure = _figure((8, 0.5 + 0.32 * len(times)))
+    figure = _figure((WIDTH, 0.6 + 0.36 * len(times)))
     axes = _axes(figure)
     names = list(times)[::-1]
     bars = axes.barh(names, [times[name] for name in names], color=BLUE)
-    axes.bar_label(bars, fmt="%.1f s", color=GRAY, fontsize=8, padding=3)
+    axes.bar_label(bars, fmt="%.1f s", color=GRAY, fontsize=FONT, padding=3)
     axes.margins(x=0.12)
-    axes.set_xlabel("seconds", fontsize=8)
+    axes.set_xlabel("seconds", fontsize=FONT)
     return figure
 
 
 def _grid(names: Sequence[str], draw: Callable[[Any, str], None]) -> Figure:
-    columns = min(3, len(names))
+    columns = min(2, len(names))
     rows = -(-len(names) // columns)
-    figure = _figure((8, 2.4 * rows))
+    figure = _figure((WIDTH, 2.5 * rows))
     for i, name in enumerate(names):
         axes = _axes(figure, rows, columns, i + 1)
-        axes.set_title(".".join(name.split(".")[-4:]), fontsize=7)
+        axes.set_title(".".join(name.split(".")[-4:]), fontsize=FONT - 1)
         draw(axes, name)
     return figure
 
@@ -268,8 +334,8 @@ def _draw_histogram(axes: Any, scores: Histogram) -> None:
         edges, scores.kept, width, align="edge", color=BLUE, label="kept", bottom=scores.pruned
     )
     axes.set_yticks([])
-    axes.set_xlabel("log₁₀ score", fontsize=7)
-    axes.legend(frameon=False, labelcolor=GRAY, fontsize=6)
+    axes.set_xlabel("log₁₀ score", fontsize=FONT - 1)
+    axes.legend(frameon=False, labelcolor=GRAY, fontsize=FONT - 1)
 
 
 def _draw_mask(axes: Any, mask: Tensor) -> None:

@@ -1,0 +1,117 @@
+"""What a run asked for, what came out, and what to try next, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source, shown_settings
+
+PERPLEXITY = "val_perplexity"
+
+METHOD = (
+    *("score", "sparsity", "pattern", "group", "refine", "update", "solver", "allocation"),
+    "reconstruct",
+)
+"""Settings that the first sentence names."""
+
+LOW_COVERAGE = 0.9
+"""Fraction of the blocks' weights in pruned layers below which the report says so."""
+
+GOOD, POOR = 1.1, 1.5
+"""Pruned by dense perplexity up to which nothing has to be done, and from which much is lost."""
+
+
+def asked(manifest: Mapping[str, Any]) -> str:
+    """Return method and calibration data in one sentence.
+
+    Examples:
+        >>> asked({"settings": {"score": "RIA", "sparsity": 0.5, "refine": None}, "data": None})
+        'score RIA, sparsity 0.5'
+    """
+    method, data = shown_settings(manifest)
+    parts = [f"{name} {method[name]}" for name in METHOD if name in method]
+    if data:
+        is_in_memory = "iterable" in str(data.get("dataset"))
+        source = "texts in memory" if is_in_memory else data.get("dataset", "batches")
+        parts.append(f"calibrated on {source}" + _size(data))
+    return ", ".join(parts)
+
+
+def _size(data: Mapping[str, Any]) -> str:
+    if "sequences" not in data or "sequence_length" not in data:
+        return ""
+    return f" ({data['sequences']} × {data['sequence_length']} tokens)"
+
+
+def outcome(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each evaluated set of texts, or one that nothing was evaluated.
+
+    Examples:
+        >>> metrics = {"dense": {"val_perplexity": 10.0}, "pruned": {"val_perplexity": 12.0}}
+        >>> list(outcome({"metrics": metrics}))
+        ['val_perplexity: 1.20 × that of the dense model (10.00 → 12.00)']
+    """
+    ratios = ratios_of(manifest)
+    for name, (dense, pruned) in ratios.items():
+        ratio = pruned / dense
+        yield f"{name}: {ratio:.2f} × that of the dense model ({dense:.2f} → {pruned:.2f})"
+    if not ratios:
+        yield "The perplexity of the dense or the pruned model was not measured."
+
+
+def ratios_of(manifest: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return dense and pruned perplexity by metric; of each set of texts if there are several."""
+    metrics = manifest.get("metrics") or {}
+    dense, pruned = metrics.get("dense") or {}, metrics.get("pruned") or {}
+    names = [name for name in pruned if name.startswith(PERPLEXITY) and name in dense]
+    sets = [name for name in names if "/" in name]
+    return {name: (dense[name], pruned[name]) for name in sets or names}
+
+
+def advice(manifest: Mapping[str, Any]) -> list[str]:
+    """Return what to try next, most effective first; empty if nothing has to be done."""
+    return [*_about_quality(manifest), *_about_evidence(manifest)]
+
+
+def _about_quality(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what lowers the perplexity of the pruned model."""
+    ratios = [pruned / dense for dense, pruned in ratios_of(manifest).values()]
+    if not ratios or max(ratios) <= GOOD:
+        return
+    if len(ratios) > 1 and max(ratios) > 1.3 * min(ratios):
+        yield (
+            "The model loses more on one kind of text than on another: calibrate on texts like "
+            "those that it is for, or on both kinds."
+        )
+    settings = manifest.get("settings") or {}
+    if not settings.get("refine") and not settings.get("solver"):
+        yield 'refine="exactswap" improves the mask, kept weights do not change.'
+    if not settings.get("update") and not settings.get("solver"):
+        yield 'update="maskedcg" fits the kept weights to the mask.'
+    is_nm = (settings.get("pattern") or {}).get("name") == "NM"
+    if not is_nm and not settings.get("allocation"):
+        yield 'allocation="sensitivity" prunes less where the loss is sensitive.'
+    if not manifest.get("blocks") and max(ratios) > POOR:
+        yield "reconstruct=True trains the kept weights of each block (calibration_order='block')."
+    if not manifest.get("distillation") and max(ratios) > POOR:
+        yield "Distillation, or fine-tuning with MaskedFinetuning, recovers further quality."
+
+
+def _about_evidence(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the figures do not show."""
+    if is_one_source(manifest):
+        yield ONE_SOURCE
+    coverage = manifest.get("coverage") or {}
+    if coverage.get("fraction", 1.0) < LOW_COVERAGE:
+        yield (
+            f"Only {100 * coverage['fraction']:.0f} % of the weights of the blocks are in pruned "
+            f"layers: see Left dense."
+        )
+    layers = manifest.get("layers") or []
+    few = [x["name"] for x in layers if x.get("tokens") and x["tokens"] < x["shape"][1]]
+    if few:
+        yield (
+            f"{len(few)} layers were measured on fewer tokens than they have inputs, such as "
+            f"{few[0]}: use more calibration sequences, or experts='all'."
+        )
