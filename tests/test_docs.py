@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -77,3 +78,27 @@ def test_the_example_of_a_custom_score_is_found_by_name():
     names: dict[str, object] = {}
     exec(block, names)
     assert type(lookup(Score, "cubed-wanda")).__name__ == "CubedWanda"
+
+
+def messages() -> list[str]:
+    """Return all texts of the package, with ``…`` for values that are inserted."""
+    found = []
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_message_of_the_troubleshooting_page_exists():
+    page = (DOCS / "troubleshooting.md").read_text("utf-8")
+    documented = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(documented) > 40
+    texts = messages()
+    for message in documented:
+        # values may stand where the page has an example, such as a number or a name
+        words = [re.escape(part.strip()) for part in message.split("…") if part.strip()]
+        assert any(re.search(".*".join(words), text, re.DOTALL) for text in texts), message

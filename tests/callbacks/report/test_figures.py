@@ -10,7 +10,6 @@ from symprune_lightning.callbacks.report.figures import (
     chosen_layers,
     figures,
     histogram,
-    kinds_of,
 )
 from tests.models import batches, build
 
@@ -85,15 +84,3 @@ def test_a_line_for_each_kind_of_layer():
     assert [line.get_ydata().tolist() for line in lines] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
     legend = [text.get_text() for text in drawn["swaps"].legends[0].get_texts()]
     assert legend == ["attn.q", "mlp.up", "x.y"]
-
-
-def test_kinds_of_encoders_and_decoders_differ():
-    names = ("encoder.layers.0.fc", "decoder.layers.0.fc", "head", "experts.2.up.1")
-    kinds = kinds_of([{"name": name} for name in names])
-    assert kinds == {
-        "encoder.layers.0.fc": ("encoder.layers.fc", 0),
-        "decoder.layers.0.fc": ("decoder.layers.fc", 0),
-        "head": ("head", 0),
-        "experts.2.up.1": ("experts.up", 2),
-    }
-    assert kinds_of([{"name": "0"}, {"name": "2"}]) == {"0": ("layer", 0), "2": ("layer", 2)}

@@ -1,0 +1,134 @@
+"""Perplexity against cost in plain forwards, of methods from cheap to expensive.
+
+    python benchmarks/pareto.py MODEL --csv docs/pareto.csv [--sparsity 0.6]
+    python benchmarks/pareto.py --csv docs/pareto.csv --plot docs/pareto.svg
+
+16 x 512 calibration tokens and 24 x 512 evaluation tokens of the Python manual, seed 0. Cost is the
+time for pruning divided by that of a plain forward over the calibration sequences, measured before
+each method in the same process. Run it on an idle machine. All arguments are defaults, but for the
+number of sequences with gradients. Finished rows are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from symprune_lightning import CalibrationDataModule, CausalLMModule, R2DSnoT, SymPrune, Trainer
+from tables import QUIET_TRAINER, append_row, read_rows
+
+FIELDS = ("method", "sparsity", "perplexity", "forwards", "dense", "seconds")
+EXACT: dict[str, Any] = {"score": "ria", "refine": "exactswap"}
+SENSITIVITY: dict[str, Any] = {"allocation": "sensitivity", "gradient_batches": 4}
+BEST: dict[str, Any] = {**EXACT, **SENSITIVITY, "update": "maskedcg"}
+METHODS: dict[str, dict[str, Any]] = {
+    "Magnitude": {"score": "magnitude"},
+    "Wanda": {"score": "wanda"},
+    "RIA": {"score": "ria"},
+    "RIA + R²-DSnoT (gram)": {"score": "ria", "refine": R2DSnoT(guard="gram")},
+    "RIA + Sensitivity": {"score": "ria", **SENSITIVITY},
+    "GradientWanda + Sensitivity": {"score": "gradientwanda", "group": "layer", **SENSITIVITY},
+    "SparseGPT": {"solver": "sparsegpt"},
+    "RIA + ExactSwap": EXACT,
+    "RIA + ExactSwap + Sensitivity": {**EXACT, **SENSITIVITY},
+    "RIA + MaskedCG + Sensitivity": {"score": "ria", "update": "maskedcg", **SENSITIVITY},
+    "RIA + ExactSwap + MaskedCG + Sensitivity": BEST,
+    "ADMM + Sensitivity": {"solver": "admm", **SENSITIVITY},
+    "RIA + ExactSwap + MaskedCG + Sensitivity + reconstruction": {
+        **BEST,
+        "calibration_order": "block",
+        "reconstruct": True,
+    },
+}
+
+
+@torch.no_grad()
+def forward_seconds(module: CausalLMModule, data: CalibrationDataModule) -> float:
+    """Return the faster of two plain forwards over the calibration sequences."""
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        for batch in data.calibration_dataloader():
+            module(batch)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def study(options: argparse.Namespace) -> None:
+    """Run the methods that have no row yet."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    data = CalibrationDataModule(
+        "python-docs", options.model, sequences=16, sequence_length=512, evaluation_sequences=24
+    )
+    module = CausalLMModule(options.model, dtype="float32")
+    module.configure_model()
+    dense = {name: value.clone() for name, value in module.state_dict().items()}
+    for name, settings in METHODS.items():
+        key = (name, str(options.sparsity))
+        if key in {(row["method"], row["sparsity"]) for row in read_rows(options.csv)}:
+            continue
+        module.load_state_dict(dense)
+        forward = forward_seconds(module, data)
+        prune = SymPrune(**{**settings, "sparsity": options.sparsity})
+        trainer = Trainer(callbacks=[prune], **QUIET_TRAINER)
+        trainer.validate(module, datamodule=data, verbose=False)
+        before, after = (m["val_perplexity"] for m in (prune.dense_metrics, prune.sparse_metrics))
+        assert prune.seconds is not None
+        figures = (after, prune.seconds / forward, before, prune.seconds)
+        append_row(options.csv, FIELDS, (*key, *figures))
+
+
+def plot(path: Path, output: Path) -> None:
+    """Plot a point per method, and a line through those that no cheaper one surpasses."""
+    rows = sorted(read_rows(path), key=lambda row: float(row["forwards"]))
+    rows = [row for row in rows if row["method"] != "Magnitude"]  # far above the others
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    front: list[tuple[float, float]] = []
+    for row in rows:
+        point = float(row["forwards"]), float(row["perplexity"])
+        is_best = not front or point[1] < front[-1][1]
+        front += [point] * is_best
+        color = "tab:blue" if is_best else "gray"
+        axes.scatter(*point, color=color, zorder=2)
+        style: dict[str, Any] = {"xytext": (6, 4), "textcoords": "offset points"}
+        axes.annotate(row["method"].replace(" + ", "+"), point, color=color, fontsize=8, **style)
+    axes.plot(*zip(*front, strict=True), color="tab:blue", linewidth=1, zorder=1)
+    dense = float(rows[0]["dense"])
+    axes.axhline(dense, color="gray", linestyle="--", linewidth=0.8)
+    axes.annotate("dense", (float(rows[0]["forwards"]), dense * 1.02), color="gray", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(right=float(rows[-1]["forwards"]) * 3)
+    axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.set_yticks([15, 20, 30, 40, 60], ["15", "20", "30", "40", "60"])
+    axes.minorticks_off()
+    axes.set_xlabel("time for pruning, in plain forwards of the calibration sequences")
+    axes.set_ylabel("perplexity")
+    axes.grid(alpha=0.3)
+    figure.savefig(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--csv", type=Path, default=Path("pareto.csv"))
+    parser.add_argument("--sparsity", type=float, default=0.6)
+    parser.add_argument("--plot", type=Path, help="write this figure and exit")
+    options = parser.parse_args()
+    if options.plot is not None:
+        plot(options.csv, options.plot)
+    elif options.model is None:
+        parser.error("MODEL is required")
+    else:
+        study(options)
+
+
+if __name__ == "__main__":
+    main()
