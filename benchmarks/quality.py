@@ -56,6 +56,10 @@ BUDGETS: dict[str, Settings] = {
     "2:4": {"pattern": "2:4"},
     "4:8": {"pattern": "4:8"},
 }
+PLOTTED = ("50%", "60%", "2:4")
+LARGEST = 150
+"""Largest perplexity on the axis of the plot."""
+
 SCORES = ("Magnitude", "Wanda", "RI", "RIA", "SymWanda", "Symmetric", "LpRIA", "StochRIA")
 REFINERS: dict[str, Any] = {
     "–": None,
@@ -208,31 +212,36 @@ def table(path: Path, text: str) -> str:
 
 
 def plot(path: Path, text: str, output: Path) -> None:
-    """Plot one dot per run: a panel per budget, a row per method, a color per seed."""
-    pruned = [row for row in rows(path, text) if row["budget"] in BUDGETS]
+    """Plot one dot per run: a panel per budget, a row per method, a color per seed.
+
+    Perplexities above the range are written at the edge.
+    """
+    pruned = [row for row in rows(path, text) if row["budget"] in PLOTTED]
     names = [name for name in methods() if any(row["method"] == name for row in pruned)][::-1]
+    height = 0.24 * len(names) + 1.2
     figure, axes = pyplot.subplots(
-        1, len(BUDGETS), sharey=True, figsize=(17, 0.3 * len(names) + 1.2), layout="constrained"
+        1, len(PLOTTED), sharey=True, figsize=(9.5, height), layout="constrained"
     )
-    for axis, budget in zip(axes, BUDGETS, strict=True):
+    for axis, budget in zip(axes, PLOTTED, strict=True):
         for seed, color in (("0", "tab:blue"), ("1", "tab:orange")):
-            dots = [row for row in pruned if row["budget"] == budget and row["seed"] == seed]
-            axis.scatter(
-                [float(row["perplexity"]) for row in dots],
-                [names.index(row["method"]) for row in dots],
-                color=color,
-                label=f"seed {seed}",
-                zorder=2,
-            )
+            found = [row for row in pruned if row["budget"] == budget and row["seed"] == seed]
+            dots = [(float(row["perplexity"]), names.index(row["method"])) for row in found]
+            shown = [dot for dot in dots if dot[0] <= LARGEST]
+            axis.scatter(*zip(*shown, strict=True), color=color, label=f"seed {seed}", zorder=2)
+            for value, row in dots if seed == "0" else ():
+                if value > LARGEST:
+                    style: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 8}
+                    axis.text(LARGEST, row, f"{value:.0f} →", color=color, **style)
         axis.set_xscale("log")
-        axis.set_xticks([20, 50, 100, 1000, 10000], ["20", "50", "100", "1000", "10⁴"])
+        axis.set_xlim(15, LARGEST)
+        axis.set_xticks([20, 30, 50, 100], ["20", "30", "50", "100"])
         axis.minorticks_off()
         axis.set_title(budget)
         axis.grid(alpha=0.3)
         axis.set_xlabel("perplexity")
     axes[0].set_yticks(range(len(names)), names)
-    axes[0].legend()
-    figure.savefig(output, dpi=90)
+    axes[0].legend(loc="lower right")
+    figure.savefig(output, dpi=110, facecolor="white")
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from symprune_lightning.data.datamodule import CalibrationDataModule
@@ -29,3 +31,10 @@ def test_sampled_data_cannot_be_shown(project, symprune):
     arguments = ["--config", "wanda", *small(project), "--data.dataset=self"]
     with pytest.raises(SystemExit, match="dataset='self' is sampled from the model"):
         symprune("data", *arguments, f"--data.evaluation={project / 'texts.txt'}")
+
+
+def test_json(project, symprune, capsys):
+    symprune("data", "--config", "ria", *small(project), "--json")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["dataset"] == str(project / "texts.txt")
+    assert printed["sha256"].keys() == {"calibration", "evaluation"}

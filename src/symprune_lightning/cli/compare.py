@@ -71,10 +71,13 @@ def compare(
 
 
 def table(results: Sequence[SweepResult]) -> Table:
-    """Return the results as a table, best first."""
+    """Return the results as a table: the dense model, then the best first."""
     columns = Table(title="Recipes on the same model and tokens")
     for heading in ("recipe", "sparsity", "perplexity", "× dense", "seconds"):
         columns.add_column(heading, justify="left" if heading == "recipe" else "right")
+    dense = next((result.dense for result in results if result.dense is not None), None)
+    if dense is not None:
+        columns.add_row("dense", "0.0000", f"{dense:.3f}", "1.000", "")
     for result in sorted(results, key=lambda result: result.perplexity or float("inf")):
         if result.failure is not None or result.perplexity is None:
             columns.add_row(result.name, "", "failed", "", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -23,20 +24,25 @@ def print_data(arguments: Sequence[str], console: Console | None = None) -> None
     """Print sizes, hashes and the first sequence of each split; the model is not loaded.
 
     Args:
-        arguments: Those of ``symprune prune``, such as ``["--config", "ria"]``.
+        arguments: Those of ``symprune prune``, such as ``["--config", "ria"]``; with ``--json``,
+            the settings and hashes are printed as JSON.
         console: Where to print; the terminal by default.
 
     Raises:
         ValueError: The data is sampled from the model.
     """
     console = console or Console()
-    data: CalibrationDataModule = instantiate(arguments).datamodule
+    project = instantiate(arguments)
+    data: CalibrationDataModule = project.datamodule
     if isinstance(data.dataset, SelfText):
         raise ValueError(
             "dataset='self' is sampled from the model when it is pruned: there is no text to show "
             "before"
         )
     data.val_dataloader()  # checks that no split overlaps the evaluation
+    if project.config["json"]:
+        print(json.dumps(data.settings))
+        return
     console.print(_table(data))
     for name, windows in data.splits.items():
         console.rule(f"first sequence for {name}", align="left")

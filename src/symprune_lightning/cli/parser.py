@@ -11,8 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from transformers.utils import logging as transformers_logging
 
 from symprune_lightning.callbacks.distillation import refuse_distillation
 from symprune_lightning.callbacks.pruning import PruningCallback, find_pruning_callback
@@ -86,6 +88,12 @@ class PruningCLI(LightningCLI):
             trainer.enable_progress_bar = trainer.enable_model_summary = False
             logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
             warnings.simplefilter("ignore")
+            bars: Any = transformers_logging  # without types
+            bars.disable_progress_bar()
+            datasets.disable_progress_bars()
+        # an advertisement of another package, printed for each Trainer
+        lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        lightning_log.addFilter(_is_no_advertisement)
 
     def instantiate_classes(self) -> None:
         """Instantiate model, data and Trainer; errors of constructors are raised unchanged."""
@@ -254,6 +262,10 @@ def _as_text(callback: PruningCallback) -> str:
     for name, dense in callback.dense_metrics.items():
         lines.append(f"{name}: dense {dense:.4f}, pruned {callback.sparse_metrics[name]:.4f}")
     return "\n".join(lines)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 def _as_json(callback: PruningCallback, output: str | None) -> str:
