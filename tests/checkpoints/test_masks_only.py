@@ -119,11 +119,79 @@ def test_the_two_kinds_of_copies_name_each_other(folders, tmp_path):
 
 def test_a_manifest_that_names_no_model(folders, tmp_path):
     _, pruned = folders
-    nameless = tmp_path / "nameless"
-    for name, data in contents(pruned).items():
-        (nameless / name).parent.mkdir(parents=True, exist_ok=True)
-        (nameless / name).write_bytes(data)
+    nameless = copy_of(pruned, tmp_path / "nameless")
     manifest = json.loads((nameless / "sparsity_manifest.json").read_text())
     (nameless / "sparsity_manifest.json").write_text(json.dumps({**manifest, "model": ""}))
-    with pytest.raises(ValueError, match="names no model: pass base"):
+    with pytest.raises(ValueError, match="names no model: pass --base"):
         pack_masks(nameless, tmp_path / "copy")
+
+
+def copy_of(folder, target):
+    for name, data in contents(folder).items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(data)
+    return target
+
+
+def test_tensors_of_several_dtypes_and_files(folders, tmp_path):
+    """Streaming keeps the dtype of each tensor, and writes a file for each block."""
+    dense, pruned = folders
+    mixed = copy_of(pruned, tmp_path / "mixed")
+    weights = load_file(pruned / "model.safetensors")
+    (mixed / "model.safetensors").unlink()
+    norms = {name: weight.float() for name, weight in weights.items() if "norm" in name}
+    others = {name: weight for name, weight in weights.items() if name not in norms}
+    save_file(norms, mixed / "a.safetensors", metadata={"format": "pt"})
+    save_file(others, mixed / "b.safetensors", metadata={"format": "pt"})
+    files = dict.fromkeys(norms, "a.safetensors") | dict.fromkeys(others, "b.safetensors")
+    index = {"metadata": {}, "weight_map": files}
+    (mixed / "model.safetensors.index.json").write_text(json.dumps(index))
+    again = restore_from_masks(pack_masks(mixed, tmp_path / "copy", str(dense)), tmp_path / "again")
+    assert contents(again) == contents(mixed)
+
+
+def test_a_tensor_that_the_dense_model_does_not_have(folders, tmp_path):
+    dense, pruned = folders
+    other = copy_of(pruned, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        {**weights, "old.inv_freq": torch.ones(3)},
+        other / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(ValueError, match=r"is saved without a tensor old\.inv_freq, which"):
+        pack_masks(other, tmp_path / "copy", str(dense))
+
+
+def test_a_base_that_is_missing_the_checkpoint_itself_or_not_trusted(folders, tmp_path):
+    dense, pruned = folders
+    with pytest.raises(ValueError, match="is the pruned checkpoint itself"):
+        pack_masks(pruned, tmp_path / "copy", str(pruned))
+    copy = pack_masks(pruned, tmp_path / "copy")
+    with pytest.raises(OSError, match="cannot be loaded; pass it as --model"):
+        restore_from_masks(copy, tmp_path / "again", str(tmp_path / "nowhere") + "/")
+    with pytest.raises(ValueError, match=r"would run code of .*: pass the model that you trust"):
+        restore_from_masks(copy, tmp_path / "again", trust_remote_code=True)
+    again = restore_from_masks(copy, tmp_path / "again", str(dense), trust_remote_code=True)
+    assert contents(again) == contents(pruned)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"tensors": {"a": {}}, "format_version": 1}', "{"])
+def test_damaged_information(folders, tmp_path, text):
+    _, pruned = folders
+    copy = pack_masks(pruned, tmp_path / "copy")
+    (copy / "packed.json").write_text(text)
+    with pytest.raises(ValueError, match=r"packed\.json is damaged"):
+        restore_from_masks(copy, tmp_path / "again")
+
+
+def test_an_index_that_names_files_elsewhere(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    index = {"weight_map": {"x": "../other.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"x": torch.zeros(4)}, tmp_path / "other.safetensors")
+    with pytest.raises(
+        ValueError, match=r"tensor x is in .*, outside the folder"
+    ):
+        pack_checkpoint(folder, tmp_path / "packed")

@@ -68,8 +68,10 @@ def test_masks_only(project, symprune, capsys):
     assert f"checkpoint: {again}, every tensor as in" in capsys.readouterr().out
     for file in ("model.safetensors", "README.md", "sparsity_manifest.json"):
         assert (project / "again" / file).read_bytes() == (project / "out" / file).read_bytes()
+    with pytest.raises(SystemExit, match="has its own dtypes: leave out --dtype"):
+        symprune("apply", "--masks", copy, "--output", again, "--dtype", "float16")
     with pytest.raises(SystemExit, match=r"does not name the dense model: pass --model"):
         symprune("apply", "--masks", output, "--output", project / "other")
     with pytest.raises(SystemExit, match="2"):
         symprune("pack", output, project / "other", "--base", project / "model")
-    assert "--base is for --masks_only" in capsys.readouterr().err
+    assert "--base and --trust_remote_code are for --masks_only" in capsys.readouterr().err

@@ -40,7 +40,7 @@ def test_sizes(checkpoint, tmp_path):
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_speeds_and_memory(checkpoint, monkeypatch):
     monkeypatch.setattr(gain, "SECONDS", 0.001)
-    dense, csr, scipy, structured = gain.speeds(checkpoint)
+    dense, csr, scipy, structured = gain.speeds(gain.pruned_layers(checkpoint))
     weights = sum(
         p.numel() for n, p in build("llama").named_parameters() if "proj" in n and "embed" not in n
     )
@@ -51,6 +51,15 @@ def test_speeds_and_memory(checkpoint, monkeypatch):
         assert all(seconds > 0 for seconds in speed.seconds.values())
     if not torch.cuda.is_available():
         assert structured.note == "not measured: no CUDA device"
+
+
+def test_large_models_are_timed_in_part(checkpoint, monkeypatch):
+    layers = gain.pruned_layers(checkpoint)
+    assert gain.timed(layers) == layers
+    monkeypatch.setattr(gain, "LIMIT", 4 * sum(layer.shape.numel() for layer in layers[:3]))
+    assert gain.timed(layers) == layers[:3]
+    monkeypatch.setattr(gain, "LIMIT", 1)
+    assert gain.timed(layers) == layers[:1]
 
 
 def test_two_of_four():
@@ -64,11 +73,19 @@ def test_command(checkpoint, symprune, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(gain, "SECONDS", 0.001)
     symprune("gain", checkpoint)
     printed = capsys.readouterr().out
-    for text in ("weights on disk", "symprune pack", "CSR (torch)", "one layer of each shape"):
+    for text in (
+        "weights on disk",
+        "symprune pack",
+        "CSR (torch)",
+        "14 of 14 pruned layers, float32, CPU",
+    ):
         assert text in printed
     build("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(SystemExit, match=r"no layer of .* has zeros: prune it first"):
         symprune("gain", tmp_path / "dense")
+    pack_checkpoint(checkpoint, tmp_path / "packed")
+    with pytest.raises(SystemExit, match="is a packed copy: measure the checkpoint"):
+        symprune("gain", tmp_path / "packed")
     with pytest.raises(SystemExit, match="there is no folder"):
         symprune("gain", tmp_path / "nowhere")
 
@@ -78,5 +95,5 @@ def test_a_slower_runtime_is_named():
     dense = gain.Speed("dense (torch)", seconds, 10)
     slow = gain.Speed("CSR", {**seconds, 128: 2.0}, 10)
     fast = gain.Speed("other", dict.fromkeys(gain.TOKENS, 0.5), 10)
-    notes = list(gain._notes([dense, slow, fast]))[1:]
+    notes = list(gain._notes([dense, slow, fast]))
     assert notes == ["CSR: slower than the dense product at 128 tokens"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,7 +36,8 @@ def pack_masks(
     """Write a copy of a checkpoint that has masks in place of weights, one bit per weight.
 
     ``restore_from_masks`` makes the checkpoint from it and the dense model. That is done once here,
-    so that a copy which does not restore every weight is not written.
+    so that a copy which does not restore every weight is not written. The dense model is loaded
+    into memory.
 
     Args:
         folder: A checkpoint of this package whose kept weights are those of the dense model.
@@ -48,30 +50,30 @@ def pack_masks(
         The folder.
 
     Raises:
-        FileNotFoundError: ``folder`` has no weights in safetensors, no manifest or no masks.
-        ValueError: The kept weights are not those of ``base``.
-        OSError: ``output`` cannot be written, has other files, or is ``folder``.
+        FileNotFoundError: ``folder`` has no weights in safetensors, or no masks.
+        ValueError: The kept weights are not those of ``base``, or the manifest names no model.
+        OSError: ``output`` cannot be written, has other files, or is ``folder``; or ``base`` cannot
+            be loaded.
     """
     source, path = source_and_destination(folder, output)
     files = weight_files(source)
     load_masks(source)  # raises if there are none
-    info = {
-        "format_version": FORMAT_VERSION,
-        "base": _pointer(source, base),
-        "tensors": {
-            name: {"file": files[name], "sha256": sha256(tensor)}
-            for name, tensor in read_tensors(source, files, files)
-        },
+    model = _base_of(source, base)
+    tensors = {
+        name: {"file": files[name], "dtype": _dtype_name(tensor), "sha256": sha256(tensor)}
+        for name, tensor in read_tensors(source, files, files)
     }
+    info: dict[str, Any] = {"format_version": FORMAT_VERSION, "tensors": tensors}
     with atomic_directory(path) as tmp:
         copy_others(source, tmp, set(files.values()))
-        write_json(tmp / INFO, info)
-        with tempfile.TemporaryDirectory(dir=path.parent) as trial:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as trial:
             advice = (
                 "if the weights were updated or trained after masking, masks cannot restore them: "
                 "use `symprune pack` without --masks_only"
             )
-            _write_weights(tmp, Path(trial), info, None, advice, trust_remote_code)
+            _write_weights(tmp, Path(trial), tensors, model, advice, trust_remote_code)
+        info["base"] = {"model": model, "revision": _revision(model)}
+        write_json(tmp / INFO, info)
     return path
 
 
@@ -89,75 +91,108 @@ def restore_from_masks(
         output: Folder to write.
         base: The dense model, as in ``CausalLMModule``. Default: ``None``, the model that the copy
             names.
-        trust_remote_code: Allow custom code from the dense model. Default: ``False``.
+        trust_remote_code: Allow custom code from ``base``, which has to be passed: the name in a
+            copy is not to be trusted. Default: ``False``.
 
     Returns:
         The folder.
 
     Raises:
-        FileNotFoundError: ``folder`` is no copy of ``pack_masks``, or there is no such model.
-        ValueError: The masks are damaged, or ``base`` is not the model that was pruned.
-        OSError: ``output`` cannot be written, or has other files.
+        FileNotFoundError: ``folder`` is no copy of ``pack_masks``.
+        ValueError: The masks are damaged, ``base`` is not the model that was pruned, or
+            ``trust_remote_code`` is passed without ``base``.
+        OSError: ``output`` cannot be written, or has other files; or ``base`` cannot be loaded.
     """
     source, path = source_and_destination(folder, output)
     info = read_info(source)
-    if info.get("base") is None:
+    pointer = info.get("base")
+    if pointer is None:
         raise ValueError(f"{source} has weights: restore it by `symprune unpack {folder} {output}`")
+    if trust_remote_code and base is None:
+        raise ValueError(
+            f"trust_remote_code would run code of {pointer['model']}, which {source / INFO} names: "
+            f"pass the model that you trust (--model)"
+        )
+    commit = f" It was commit {pointer['revision']}." if pointer.get("revision") else ""
+    advice = (
+        f"either the masks are damaged, or this is another model or version than the one that was "
+        f"pruned: pass that one (--model).{commit}"
+    )
     with atomic_directory(path) as tmp:
         copy_others(source, tmp, {INFO})
-        advice = (
-            "either the masks are damaged, or this is another model or version than the one that "
-            "was pruned (--model)"
-        )
-        _write_weights(source, tmp, info, base, advice, trust_remote_code)
+        model = base or pointer["model"]
+        _write_weights(source, tmp, info["tensors"], model, advice, trust_remote_code)
     return path
 
 
-def _pointer(source: Path, base: str | None) -> dict[str, str | None]:
-    """Return name, commit and dtype of the dense model of a checkpoint."""
-    model = base or str(read_manifest(source)["model"])
+def _base_of(source: Path, base: str | None) -> str:
+    """Return the name of the dense model of a checkpoint."""
+    try:
+        model = base or str(read_manifest(source)["model"])
+    except OSError as error:
+        raise ValueError(f"{source} has no manifest that names a model: pass --base") from error
     if not model:
-        raise ValueError(f"the manifest of {source} names no model: pass base (--base)")
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        raise ValueError(f"the manifest of {source} names no model: pass --base")
+    if local_folder(model) == source:
+        raise ValueError(f"{model} is the pruned checkpoint itself: pass the dense model (--base)")
+    return model
+
+
+def _revision(model: str) -> str | None:
+    """Return the commit of a hub model in the cache; ``None`` for other models."""
     folder = local_folder(model)
     is_cached = folder is not None and folder.parent.name == "snapshots"
-    return {
-        "model": model,
-        "revision": folder.name if folder is not None and is_cached else None,
-        "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
-    }
+    return folder.name if folder is not None and is_cached else None
 
 
 def _write_weights(
     source: Path,
     target: Path,
-    info: dict[str, Any],
-    base: str | None,
+    tensors: Mapping[str, Mapping[str, str]],
+    model: str,
     advice: str,
     trust_remote_code: bool,
 ) -> None:
-    """Write the weights of the dense model with masks applied, and compare their hashes."""
-    pointer = info["base"]
-    name = base or pointer["model"]
-    dense = load_model(name, dtype=pointer["dtype"], trust_remote_code=trust_remote_code)
+    """Write the weights of the dense model with masks applied, after comparing their hashes."""
+    # the widest dtype of the files: narrower tensors are cast from it without another rounding
+    dtypes = (getattr(torch, entry["dtype"]) for entry in tensors.values())
+    widest = max((x for x in dtypes if x.is_floating_point), key=lambda x: x.itemsize)
+    dtype = _dtype_name(torch.empty(0, dtype=widest))
+    try:
+        dense = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise OSError(f"the dense model cannot be loaded; pass it as --model: {error}") from error
     apply_masks(dense, load_masks(source))
-    with tempfile.TemporaryDirectory(dir=target.parent) as written:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
+        written = Path(folder)
         dense.save_pretrained(written)
-        files = weight_files(Path(written))
-        for file in sorted({entry["file"] for entry in info["tensors"].values()}):
-            tensors = {}
-            for tensor_name, entry in info["tensors"].items():
-                if entry["file"] != file:
-                    continue
-                tensor = _read(Path(written), files, tensor_name)
-                if tensor is None or sha256(tensor) != entry["sha256"]:
-                    raise ValueError(
-                        f"{tensor_name} of {name}, with the masks applied, is not that of the "
-                        f"pruned checkpoint: {advice}"
-                    )
-                tensors[tensor_name] = tensor
-            save_file(tensors, target / file, metadata={"format": "pt"})
+        del dense
+        for file in sorted({entry["file"] for entry in tensors.values()}):
+            expected = {name: x for name, x in tensors.items() if x["file"] == file}
+            restored = dict(_restored(written, expected, model, advice))
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            save_file(restored, target / file, metadata={"format": "pt"})
 
 
-def _read(folder: Path, files: dict[str, str], name: str) -> Tensor | None:
-    return dict(read_tensors(folder, files, [name]))[name] if name in files else None
+def _restored(
+    written: Path, expected: Mapping[str, Mapping[str, str]], model: str, advice: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file of the checkpoint in their dtypes."""
+    files = weight_files(written)
+    missing = [name for name in expected if name not in files]
+    if missing:
+        raise ValueError(
+            f"{model} is saved without a tensor {missing[0]}, which the checkpoint has: {advice}"
+        )
+    for name, tensor in read_tensors(written, files, expected):
+        restored = tensor.to(getattr(torch, expected[name]["dtype"]))
+        if sha256(restored) != expected[name]["sha256"]:
+            raise ValueError(
+                f"{name} of {model}, with the masks applied, is not that of the pruned "
+                f"checkpoint: {advice}"
+            )
+        yield name, restored
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +16,11 @@ from torch import Tensor
 
 from symprune_lightning.checkpoints.export import check_destination
 from symprune_lightning.checkpoints.masks import FILE, FOLDER, load_masks, save_masks
-from symprune_lightning.checkpoints.weight_files import read_tensors, weight_files
+from symprune_lightning.checkpoints.weight_files import (
+    check_inside,
+    read_tensors,
+    weight_files,
+)
 from symprune_lightning.engine.files import atomic_directory, write_json
 from symprune_lightning.functional.packing import pack, unpack
 
@@ -143,15 +147,19 @@ def read_info(source: Path) -> dict[str, Any]:
         info: dict[str, Any] = json.loads((source / INFO).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{source / INFO} is damaged: {error}") from error
+    if not isinstance(info, dict) or not isinstance(info.get("tensors"), dict):
+        raise ValueError(f"{source / INFO} is damaged: it lists no tensors")
     if info.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{source} has packed format {info.get('format_version')}, and this version reads "
             f"format {FORMAT_VERSION}: unpack it with the version that wrote it"
         )
-    for name, entry in info["tensors"].items():
-        file = PurePosixPath(entry["file"])
-        if file.is_absolute() or ".." in file.parts:
-            raise ValueError(f"{source / INFO} is damaged: tensor {name} is in {file}")
+    try:
+        check_inside({name: entry["file"] for name, entry in info["tensors"].items()})
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{source / INFO} is damaged: {error}") from error
+    if info.get("base") is not None and "model" not in info["base"]:
+        raise ValueError(f"{source / INFO} is damaged: it names no model")
     return info
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from safetensors import safe_open
 from torch import Tensor
@@ -15,10 +15,17 @@ SINGLE = "model.safetensors"
 
 
 def weight_files(folder: Path) -> dict[str, str]:
-    """Map tensor names to files."""
+    """Map tensor names to files.
+
+    Raises:
+        FileNotFoundError: There are no weights in safetensors.
+        ValueError: The index names a file outside the folder.
+    """
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return dict(index["weight_map"])
+        files = dict(index["weight_map"])
+        check_inside(files)
+        return files
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if not (folder / SINGLE).is_file():
@@ -27,6 +34,14 @@ def weight_files(folder: Path) -> dict[str, str]:
         )
     with safe_open(folder / SINGLE, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), SINGLE)
+
+
+def check_inside(files: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` if a file of a tensor is outside the folder of the checkpoint."""
+    for name, file in files.items():
+        path = PurePosixPath(file)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"tensor {name} is in {file}, outside the folder of the checkpoint")
 
 
 def sample_hash(files: Iterable[Path]) -> str:

@@ -39,6 +39,8 @@ def apply(
     """
     check_destination(output)
     if (Path(masks).expanduser() / INFO).is_file():
+        if dtype != "auto":
+            raise ValueError(f"{masks} has its own dtypes: leave out --dtype")
         path = restore_from_masks(masks, output, model, trust_remote_code=trust_remote_code)
         print(f"checkpoint: {path}, every tensor as in the one that was packed")
         return

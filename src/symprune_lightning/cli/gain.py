@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +18,21 @@ from rich.table import Table
 from torch import Tensor
 from torch.sparse import to_sparse_semi_structured
 
-from symprune_lightning.checkpoints.masks import FILE, FOLDER, infer_masks, match_layers
-from symprune_lightning.checkpoints.packed import packed_size
+from symprune_lightning.checkpoints.masks import FOLDER, infer_masks, load_masks, match_layers
+from symprune_lightning.checkpoints.packed import INFO, packed_size
 from symprune_lightning.checkpoints.pretrained import load_model
 from symprune_lightning.checkpoints.weight_files import read_tensors, weight_files
+from symprune_lightning.engine.layers.base import Layer
 
 TOKENS = (1, 128)
 """Numbers of tokens of the timed products: one generated token, and a prompt."""
 
-SECONDS = 0.3
-"""Shortest time for which a product is repeated."""
+SECONDS = 1.0
+"""Shortest time for which a pass over the layers is repeated."""
+
+LIMIT = 1 << 30
+"""Bytes of dense float32 weights up to which layers are timed: every layer would be a second copy
+of the model."""
 
 CHUNK, CHUNKS = 1 << 20, 64
 """Bytes and number of the parts of the weight files that are compressed."""
@@ -52,13 +55,13 @@ class Size:
 
 @dataclass(frozen=True)
 class Speed:
-    """Time and memory of all pruned layers in one runtime.
+    """Time and memory of the timed layers in one runtime.
 
     Attributes:
         runtime: Name of the runtime.
         seconds: Number of tokens to the time of one product of each layer; empty if not measured.
         bytes: Memory of the weights; ``None`` if it was not measured.
-        note: Why it was not measured.
+        note: What was found, or why it was not measured.
     """
 
     runtime: str
@@ -82,10 +85,10 @@ def sizes(folder: Path) -> list[Size]:
         compressor: Any = import_module("zstandard").ZstdCompressor()
         result.append(Size("zstd", plain * _ratio(paths, plain, compressor.compress), about))
     result.append(Size("symprune pack", packed))
-    masks = folder / FOLDER / FILE
-    if masks.is_file():
+    masks = sum(file.stat().st_size for file in (folder / FOLDER).glob("masks*.safetensors"))
+    if masks:
         note = "with the dense model, if pruning did not change the kept weights"
-        result.append(Size("symprune pack --masks_only", masks.stat().st_size, note))
+        result.append(Size("symprune pack --masks_only", masks, note))
     return result
 
 
@@ -102,18 +105,28 @@ def _ratio(paths: list[Path], total: int, compress: Callable[[bytes], bytes]) ->
     return after / before
 
 
-def speeds(folder: Path, trust_remote_code: bool = False) -> list[Speed]:
-    """Return times and memory of the pruned layers in runtimes that can use zeros.
+def pruned_layers(folder: Path, trust_remote_code: bool = False) -> list[Layer]:
+    """Load a checkpoint in float32 and return its pruned layers.
 
-    One layer of each shape is timed, and counts for all layers of that shape.
+    Raises:
+        ValueError: No layer has zeros, or the folder is a packed copy.
     """
+    if (folder / INFO).is_file():
+        raise ValueError(
+            f"{folder} is a packed copy: measure the checkpoint, see `symprune unpack`"
+        )
+    weight_files(folder)  # raises if there are none
     model = load_model(str(folder), dtype="float32", trust_remote_code=trust_remote_code)
-    layers = match_layers(model, infer_masks(model))
+    is_recorded = any((folder / FOLDER).glob("masks*.safetensors"))
+    layers = match_layers(model, load_masks(folder) if is_recorded else infer_masks(model))
     if not layers:
         raise ValueError(f"no layer of {folder} has zeros: prune it first")
-    counts = Counter(tuple(layer.shape) for layer in layers)
-    matrices = {tuple(layer.shape): layer.matrix() for layer in layers}
-    weights = [(matrix, counts[shape]) for shape, matrix in matrices.items()]
+    return layers
+
+
+def speeds(layers: Sequence[Layer]) -> list[Speed]:
+    """Return time and memory of layers in runtimes that can use zeros."""
+    weights = [layer.matrix() for layer in timed(layers)]
     return [
         _measured("dense (torch)", weights, lambda w: w, lambda w, x: w @ x),
         _measured("CSR (torch)", weights, Tensor.to_sparse_csr, lambda w, x: w @ x),
@@ -122,7 +135,18 @@ def speeds(folder: Path, trust_remote_code: bool = False) -> list[Speed]:
     ]
 
 
-def _scipy(weights: list[tuple[Tensor, int]]) -> Speed:
+def timed(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the first layers, up to 1 GiB of dense weights; at least one."""
+    total, chosen = 0, list[Layer]()
+    for layer in layers:
+        total += 4 * layer.shape.numel()
+        if chosen and total > LIMIT:
+            break
+        chosen.append(layer)
+    return chosen
+
+
+def _scipy(weights: Sequence[Tensor]) -> Speed:
     name = "CSR (scipy)"
     if find_spec("scipy") is None:
         return Speed(name, {}, note="not measured: pip install scipy")
@@ -132,25 +156,26 @@ def _scipy(weights: list[tuple[Tensor, int]]) -> Speed:
     )
 
 
-def _semi_structured(weights: list[tuple[Tensor, int]]) -> Speed:
+def _semi_structured(weights: Sequence[Tensor]) -> Speed:
+    """Return the speed-up of 2:4 over dense float16 on the GPU, as a note."""
     name = "2:4 (torch, GPU)"
     if not torch.cuda.is_available():
         return Speed(name, {}, note="not measured: no CUDA device")
-    if not all(_is_two_of_four(weight) for weight, _ in weights):
+    if not all(_is_two_of_four(weight) for weight in weights):
         return Speed(name, {}, note="not measured: the layers are not 2:4")
     if torch.cuda.get_device_capability() < (8, 0):
         return Speed(name, {}, note="not measured: the GPU has no sparse tensor cores")
-    on_gpu = [(weight.half().cuda(), count) for weight, count in weights]
-    dense = _measured("dense", on_gpu, lambda w: w, lambda w, x: w @ x)
+    on_gpu = [weight.half().cuda() for weight in weights]
+    dense = _measured(name, on_gpu, lambda w: w, lambda w, x: w @ x)
     try:
         sparse = _measured(name, on_gpu, to_sparse_semi_structured, lambda w, x: w @ x)
-    except (RuntimeError, NotImplementedError) as error:  # shapes that its kernels do not support
+    except RuntimeError as error:  # shapes that its kernels do not support
         return Speed(name, {}, note=f"torch cannot convert or run the layers: {error}")
-    factors = ", ".join(
-        f"{dense.seconds[tokens] / sparse.seconds[tokens]:.2f} at {tokens}" for tokens in TOKENS
+    factors = " and ".join(
+        f"{dense.seconds[tokens] / sparse.seconds[tokens]:.2f}x at {_tokens(tokens)}"
+        for tokens in TOKENS
     )
-    note = f"speed-up over dense float16 on this GPU, by number of tokens: {factors}"
-    return Speed(name, sparse.seconds, sparse.bytes, note)
+    return Speed(name, {}, note=f"{factors}, relative to dense float16 on this GPU")
 
 
 def _is_two_of_four(weight: Tensor) -> bool:
@@ -161,44 +186,44 @@ def _is_two_of_four(weight: Tensor) -> bool:
 
 def _measured(
     runtime: str,
-    weights: list[tuple[Tensor, int]],
+    weights: Sequence[Tensor],
     convert: Callable[[Tensor], Any],
     multiply: Callable[[Any, Tensor], Any],
 ) -> Speed:
-    seconds = dict.fromkeys(TOKENS, 0.0)
-    total = 0
-    for weight, count in weights:
-        converted = convert(weight)
-        total += count * _memory(converted)
-        for tokens in TOKENS:
-            inputs = torch.randn(weight.shape[1], tokens).to(weight)
-            seconds[tokens] += count * _seconds(partial(multiply, converted, inputs))
-    return Speed(runtime, seconds, total)
+    """Time products of all layers in turn, so that no layer stays in the cache."""
+    converted = [convert(weight) for weight in weights]
+    seconds = {}
+    for tokens in TOKENS:
+        inputs = {w.shape[1]: torch.randn(w.shape[1], tokens).to(w) for w in weights}
+        products = [
+            (new, inputs[old.shape[1]]) for new, old in zip(converted, weights, strict=True)
+        ]
+        seconds[tokens] = _fastest_pass(products, multiply)
+    return Speed(runtime, seconds, sum(_memory(weight) for weight in converted))
 
 
-def _memory(weight: Any) -> int:
-    """Return the bytes of a matrix in its form."""
-    if isinstance(weight, Tensor) and weight.layout is torch.sparse_csr:
-        parts: list[Any] = [weight.values(), weight.col_indices(), weight.crow_indices()]
-    elif isinstance(weight, Tensor):
-        packed = getattr(weight, "packed", None)  # 2:4, with the positions in the same tensor
-        parts = [weight if packed is None else packed]
-    else:
-        parts = [weight.data, weight.indices, weight.indptr]
-    return sum(int(part.nbytes) for part in parts)
-
-
-def _seconds(product: Callable[[], Any]) -> float:
-    """Return the fastest of repeated products."""
-    product()
-    fastest, end = float("inf"), time.perf_counter() + SECONDS
-    while time.perf_counter() < end:
+def _fastest_pass(products: Sequence[tuple[Any, Tensor]], multiply: Callable[..., Any]) -> float:
+    fastest, end = float("inf"), 0.0
+    while time.perf_counter() < (end or float("inf")):
         start = time.perf_counter()
-        product()
+        for weight, inputs in products:
+            multiply(weight, inputs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         fastest = min(fastest, time.perf_counter() - start)
+        end = end or time.perf_counter() + SECONDS  # the first pass is a warm-up
     return fastest
+
+
+def _memory(weight: Any) -> int:
+    """Return the bytes of a dense or CSR matrix."""
+    if not isinstance(weight, Tensor):  # of scipy
+        parts: list[Any] = [weight.data, weight.indices, weight.indptr]
+    elif weight.layout is torch.sparse_csr:
+        parts = [weight.values(), weight.col_indices(), weight.crow_indices()]
+    else:
+        parts = [weight]
+    return sum(int(part.nbytes) for part in parts)
 
 
 def print_gains(folder: str, trust_remote_code: bool = False) -> None:
@@ -206,20 +231,28 @@ def print_gains(folder: str, trust_remote_code: bool = False) -> None:
 
     Raises:
         FileNotFoundError: There are no weights in safetensors.
-        ValueError: No layer has zeros.
+        ValueError: No layer has zeros, or the folder is a packed copy.
     """
-    path = Path(folder).expanduser()
+    path, console = Path(folder).expanduser(), Console()
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        found_sizes, found_speeds = sizes(path), speeds(path, trust_remote_code)
-    console = Console()
-    console.print(_size_table(found_sizes))
-    console.print(_speed_table(found_speeds))
-    console.print(*_notes(found_speeds), sep="\n", markup=False, highlight=False, soft_wrap=True)
+        layers = pruned_layers(path, trust_remote_code)
+        console.print(_size_table(sizes(path)))
+        found = speeds(layers)
+    console.print(_speed_table(found))
+    about = f"{len(timed(layers))} of {len(layers)} pruned layers, float32, CPU, "
+    console.print(
+        f"\n{about}{torch.get_num_threads()} threads.",
+        *_notes(found),
+        sep="\n",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
-def _size_table(found: list[Size]) -> Table:
-    table = Table("weights on disk", title_justify="left", box=None, pad_edge=False)
+def _size_table(found: Sequence[Size]) -> Table:
+    table = Table("weights on disk", box=None, pad_edge=False)
     for heading in ("MB", "of the file"):
         table.add_column(heading, justify="right")
     table.add_column("")
@@ -231,38 +264,35 @@ def _size_table(found: list[Size]) -> Table:
     return table
 
 
-def _speed_table(found: list[Speed]) -> Table:
-    table = Table("pruned layers", box=None, pad_edge=False)
-    for heading in (*(f"{n} token{'s' * (n > 1)}, ms" for n in TOKENS), "speed", "memory, MB"):
-        table.add_column(heading, justify="right")
+def _speed_table(found: Sequence[Speed]) -> Table:
+    table = Table("\npruned layers", box=None, pad_edge=False)
+    for heading in (*(f"{_tokens(n)}, ms" for n in TOKENS), "speed", "memory, MB"):
+        table.add_column(f"\n{heading}", justify="right")
     dense = found[0]
     for speed in found:
-        if not speed.seconds or speed.bytes is None:
+        if speed.bytes is None:
             continue
         times = [f"{speed.seconds[tokens] * 1e3:.1f}" for tokens in TOKENS]
-        factors = " / ".join(_factor(dense, speed, tokens) for tokens in TOKENS)
-        table.add_row(speed.runtime, *times, factors, _mb(speed.bytes))
+        factors = (f"{dense.seconds[n] / speed.seconds[n]:.2f}x" for n in TOKENS)
+        table.add_row(speed.runtime, *times, " / ".join(factors), _mb(speed.bytes))
     return table
 
 
-def _factor(dense: Speed, speed: Speed, tokens: int) -> str:
-    return f"{dense.seconds[tokens] / speed.seconds[tokens]:.2f}x"
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count > 1)}"
 
 
 def _mb(size: float) -> str:
     return f"{size / 1e6:.1f}"
 
 
-def _notes(found: list[Speed]) -> Iterator[str]:
-    """Yield a sentence for each runtime: faster, slower, or not measured."""
+def _notes(found: Sequence[Speed]) -> Iterator[str]:
+    """Yield a sentence for each runtime that is slower, or was not measured on the CPU."""
     dense = found[0]
-    threads = torch.get_num_threads()
-    yield f"\nfloat32 on the CPU, {threads} threads; one layer of each shape is timed."
     for speed in found[1:]:
         if speed.note:
             yield f"{speed.runtime}: {speed.note}"
             continue
-        slower = [n for n in TOKENS if speed.seconds[n] > dense.seconds[n]]
+        slower = [_tokens(n) for n in TOKENS if speed.seconds[n] > dense.seconds[n]]
         if slower:
-            counts = " and ".join(f"{n} token{'s' * (n > 1)}" for n in slower)
-            yield f"{speed.runtime}: slower than the dense product at {counts}"
+            yield f"{speed.runtime}: slower than the dense product at {' and '.join(slower)}"

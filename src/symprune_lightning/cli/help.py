@@ -11,6 +11,7 @@ HELP = """usage: symprune COMMAND ...
   compare   several recipes on the same model and tokens
   data      the sequences that a recipe would feed to the model
   eval      tasks of lm-evaluation-harness on the dense and on the pruned model
+  report    method and figures of pruned checkpoints side by side, what to try next
   verify    verify a checkpoint against its manifest
   apply     zero the weights of a dense model by stored masks
   pack, unpack   a copy of a checkpoint without zeros, and the checkpoint again

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from symprune_lightning.callbacks.distillation import refuse_distillation
 from symprune_lightning.callbacks.pruning import PruningCallback, find_pruning_callback
 from symprune_lightning.callbacks.symprune import SymPrune
-from symprune_lightning.checkpoints.card import ONE_SOURCE
+from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source
 from symprune_lightning.cli.arguments import expand, usage_message
 from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.data.protocols import PROTOCOLS
@@ -156,7 +156,8 @@ class PruningCLI(LightningCLI):
             print(_as_json(callback, output))
             return
         print(_as_text(callback))
-        if callback.sparse_metrics and self.datamodule.evaluation is None:
+        data = {"data": self.datamodule.settings, "metrics": {"pruned": callback.sparse_metrics}}
+        if is_one_source(data):
             print(f"note: {ONE_SOURCE}")
         print("no --output: nothing was written" if output is None else f"checkpoint: {output}")
 
@@ -265,7 +266,8 @@ def _as_text(callback: PruningCallback) -> str:
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+    message = record.getMessage()
+    return not ("Tip:" in message[:8] and "litlogger" in message)
 
 
 def _as_json(callback: PruningCallback, output: str | None) -> str:

@@ -113,7 +113,7 @@ def figures(
     """
     drawn = {}
     sparsities = [float(layer["sparsity"]) for layer in layers]
-    if max(sparsities) - min(sparsities) > SAME:
+    if sparsities and max(sparsities) - min(sparsities) > SAME:
         drawn["sparsity"] = _layer_plot(layers, [("sparsity", "fraction of zeros")])
     errors = [(key, label) for key, label in ERRORS if _has_values(layers, key)]
     if errors:
@@ -198,9 +198,10 @@ def _layer_plot(layers: LayerReports, panels: Sequence[tuple[str, str]]) -> Figu
         axes.set_ylim(bottom=0)
     axes.set_xlabel("block", fontsize=FONT)
     if len(kinds) > 1:
-        handles, labels = axes.get_legend_handles_labels()
+        lines = [line for panel in figure.axes for line in panel.get_lines()]
+        handles = {str(line.get_label()): line for line in lines}
         style = {"labelcolor": GRAY, "fontsize": FONT - 1, "ncols": 2, "frameon": False}
-        figure.legend(handles, labels, loc="outside lower center", **style)
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", **style)
     return figure
 
 

@@ -32,7 +32,8 @@ def asked(manifest: Mapping[str, Any]) -> str:
     method, data = shown_settings(manifest)
     parts = [f"{name} {method[name]}" for name in METHOD if name in method]
     if data:
-        is_in_memory = "iterable" in str(data.get("dataset"))
+        dataset = manifest["data"].get("dataset")
+        is_in_memory = isinstance(dataset, Mapping) and "iterable" in dataset
         source = "texts in memory" if is_in_memory else data.get("dataset", "batches")
         parts.append(f"calibrated on {source}" + _size(data))
     return ", ".join(parts)
@@ -89,8 +90,10 @@ def _about_quality(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield 'refine="exactswap" improves the mask, kept weights do not change.'
     if not settings.get("update") and not settings.get("solver"):
         yield 'update="maskedcg" fits the kept weights to the mask.'
-    is_nm = (settings.get("pattern") or {}).get("name") == "NM"
-    if not is_nm and not settings.get("allocation"):
+    # neither N:M nor groups of several layers nor a sparsity by layer leave a choice
+    can_allocate = isinstance(settings.get("sparsity", 0.5), float) and not settings.get("pattern")
+    can_allocate &= settings.get("group") not in ("block", "model")
+    if can_allocate and not settings.get("allocation"):
         yield 'allocation="sensitivity" prunes less where the loss is sensitive.'
     if not manifest.get("blocks") and max(ratios) > POOR:
         yield "reconstruct=True trains the kept weights of each block (calibration_order='block')."
@@ -111,7 +114,8 @@ def _about_evidence(manifest: Mapping[str, Any]) -> Iterator[str]:
     layers = manifest.get("layers") or []
     few = [x["name"] for x in layers if x.get("tokens") and x["tokens"] < x["shape"][1]]
     if few:
+        experts = ", or experts='all'" if any("expert" in name for name in few) else ""
         yield (
-            f"{len(few)} layers were measured on fewer tokens than they have inputs, such as "
-            f"{few[0]}: use more calibration sequences, or experts='all'."
+            f"Measured on fewer tokens than it has inputs: {few[0]}, one of {len(few)} such "
+            f"layers. Use more calibration sequences{experts}."
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +56,16 @@ def call_model(model: nn.Module, batch: Any, advice: str) -> object:
     Raises:
         TypeError: The model has other arguments.
     """
+    is_whole = isinstance(batch, Mapping) and _takes_whole(model, batch)
     try:
-        return _call(model, batch)
+        return _call(model, batch, is_whole)
+    except AttributeError as error:
+        if not is_whole:
+            raise
+        raise TypeError(
+            f"{error} (the mapping was passed as it is, since {type(model).__name__}.forward has "
+            f"one argument and takes none of its keys; {advice})"
+        ) from error
     except TypeError as error:
         raise TypeError(
             f"{error} (mappings are passed as keyword arguments, tuples and lists as positional "
@@ -66,10 +73,10 @@ def call_model(model: nn.Module, batch: Any, advice: str) -> object:
         ) from error
 
 
-def _call(model: nn.Module, batch: Any) -> object:
+def _call(model: nn.Module, batch: Any, is_whole: bool) -> object:
     if isinstance(batch, Mapping):
         check_batch(model, batch)
-        return model(batch) if _takes_whole(model, batch) else model(**batch)
+        return model(batch) if is_whole else model(**batch)
     if not isinstance(batch, tuple | list):
         return model(batch)
     try:
@@ -83,16 +90,12 @@ def _call(model: nn.Module, batch: Any) -> object:
 
 def _takes_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Return whether ``forward`` takes a mapping as its one argument, and none of its keys."""
-    signature = inspect.signature(model.forward)
-    if batch.keys() & signature.parameters.keys():
+    parameters = inspect.signature(model.forward).parameters
+    if batch.keys() & parameters.keys():
         return False  # a key that it does not take is a mistake, which the call names
-    try:
-        signature.bind(**batch)
-    except TypeError:
-        with suppress(TypeError):
-            signature.bind(batch)
-            return True
-    return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p.default for p in parameters.values() if p.kind in kinds]
+    return positional == [inspect.Parameter.empty]
 
 
 def logits_of(output: object) -> Tensor | None:
