@@ -46,6 +46,14 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 
+LABELS = {
+    "GradientWanda + Sensitivity": (-4, -13, "center"),
+    "SparseGPT": (0, 7, "center"),
+    "RIA + ExactSwap + MaskedCG + Sensitivity": (4, 6, "left"),
+    "ADMM + Sensitivity": (2, -13, "left"),
+}
+"""Places of labels that would overlap others: offset in points, horizontal alignment."""
+
 
 @torch.no_grad()
 def forward_seconds(module: CausalLMModule, data: CalibrationDataModule) -> float:
@@ -99,15 +107,17 @@ def plot(path: Path, output: Path) -> None:
         front += [point] * is_best
         color = "tab:blue" if is_best else "gray"
         axes.scatter(*point, color=color, zorder=2)
-        style: dict[str, Any] = {"xytext": (6, 4), "textcoords": "offset points"}
-        axes.annotate(row["method"].replace(" + ", "+"), point, color=color, fontsize=8, **style)
+        x, y, alignment = LABELS.get(row["method"], (7, -3, "left"))
+        style: dict[str, Any] = {"xytext": (x, y), "textcoords": "offset points", "ha": alignment}
+        label = row["method"].replace("RIA + ExactSwap + MaskedCG + Sensitivity +", "the same +\n")
+        axes.annotate(label, point, color=color, fontsize=8, **style)
     axes.plot(*zip(*front, strict=True), color="tab:blue", linewidth=1, zorder=1)
     dense = float(rows[0]["dense"])
     axes.axhline(dense, color="gray", linestyle="--", linewidth=0.8)
     axes.annotate("dense", (float(rows[0]["forwards"]), dense * 1.02), color="gray", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(right=float(rows[-1]["forwards"]) * 3)
+    axes.set_xlim(right=float(rows[-1]["forwards"]) * 2.2)
     axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axes.set_yticks([15, 20, 30, 40, 60], ["15", "20", "30", "40", "60"])
     axes.minorticks_off()

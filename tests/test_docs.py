@@ -106,3 +106,8 @@ def test_every_message_of_the_troubleshooting_page_exists():
         # values may stand where the page has an example, such as a number or a name
         words = [re.escape(part.strip()) for part in message.split("…") if part.strip()]
         assert any(re.search(".*".join(words), text, re.DOTALL) for text in texts), message
+
+
+def test_no_page_has_places_to_be_filled():
+    for page in PAGES:
+        assert not re.findall(r"^[A-Z]{4,}$|\b(?:TODO|TBD|FIXME)\b", page.read_text("utf-8"), re.M)
