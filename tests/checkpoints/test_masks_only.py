@@ -191,7 +191,5 @@ def test_an_index_that_names_files_elsewhere(tmp_path):
     index = {"weight_map": {"x": "../other.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"x": torch.zeros(4)}, tmp_path / "other.safetensors")
-    with pytest.raises(
-        ValueError, match=r"tensor x is in .*, outside the folder"
-    ):
+    with pytest.raises(ValueError, match=r"tensor x is in .*, outside the folder"):
         pack_checkpoint(folder, tmp_path / "packed")

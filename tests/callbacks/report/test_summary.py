@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from symprune_lightning.callbacks.report.summary import advice, outcome, ratios_of
+from symprune_lightning.callbacks.report.summary import advice, asked, outcome, ratios_of
 
 
 def manifest(dense=10.0, pruned=20.0, settings=None, **entries):
     metrics = {"dense": {"val_perplexity": dense}, "pruned": {"val_perplexity": pruned}}
     return {"metrics": metrics, "settings": settings or {}, **entries}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "source"),
+    [
+        ({"iterable": "list"}, "texts in memory"),
+        ({"self": {"temperature": 1.0, "prefixes": []}}, "samples of the model"),
+        ("org/iterable-self", "org/iterable-self"),
+        ({"path": "a.jsonl", "name": None}, "path: a.jsonl"),
+    ],
+)
+def test_the_source_of_calibration_texts(dataset, source):
+    sentence = asked({"data": {"dataset": dataset, "sequences": 2, "sequence_length": 8}})
+    assert sentence == f"calibrated on {source} (2 × 8 tokens)"
 
 
 def test_a_good_model_needs_nothing():

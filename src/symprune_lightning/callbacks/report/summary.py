@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source, shown_settings
+from symprune_lightning.data.self_text import SELF
 
 PERPLEXITY = "val_perplexity"
 
@@ -32,11 +33,17 @@ def asked(manifest: Mapping[str, Any]) -> str:
     method, data = shown_settings(manifest)
     parts = [f"{name} {method[name]}" for name in METHOD if name in method]
     if data:
-        dataset = manifest["data"].get("dataset")
-        is_in_memory = isinstance(dataset, Mapping) and "iterable" in dataset
-        source = "texts in memory" if is_in_memory else data.get("dataset", "batches")
-        parts.append(f"calibrated on {source}" + _size(data))
+        parts.append(f"calibrated on {_source(manifest, data)}" + _size(data))
     return ", ".join(parts)
+
+
+def _source(manifest: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    dataset = manifest["data"].get("dataset")
+    if isinstance(dataset, Mapping) and "iterable" in dataset:
+        return "texts in memory"
+    if isinstance(dataset, Mapping) and SELF in dataset:
+        return "samples of the model"
+    return str(data.get("dataset", "batches"))
 
 
 def _size(data: Mapping[str, Any]) -> str:
