@@ -71,4 +71,6 @@ def main(config: str | Config, file: str, *, length: int = 64, steps: int = 20) 
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:3])

@@ -36,4 +36,6 @@ def main(pretrained: str, file: str, output: str, *, sparsity: float = 0.5) -> f
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:4])

@@ -118,4 +118,6 @@ def main(pretrained: str, file: str, output: str, *, epochs: int = 3) -> pl.Trai
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:4])

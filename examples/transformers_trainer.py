@@ -64,4 +64,6 @@ def main(pretrained: str, file: str, output: str, *, length: int = 32, steps: in
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:4])

@@ -193,3 +193,16 @@ def test_an_index_that_names_files_elsewhere(tmp_path):
     save_file({"x": torch.zeros(4)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"tensor x is in .*, outside the folder"):
         pack_checkpoint(folder, tmp_path / "packed")
+
+
+def test_a_recorded_update_is_named(folders, tmp_path):
+    dense, _ = folders
+    options = {"sparsity": 0.5, "update": "maskedcg"}
+    Trainer(**TRAINER).prune(
+        CausalLMModule(str(dense)),
+        datamodule=text_data(),
+        output=str(tmp_path / "pruned"),
+        callbacks=SymPrune("wanda", **options),
+    )
+    with pytest.raises(ValueError, match="MaskedCG changed the kept weights of"):
+        pack_masks(tmp_path / "pruned", tmp_path / "copy")

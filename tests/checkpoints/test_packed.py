@@ -141,3 +141,11 @@ def test_a_copy_does_not_replace_its_source_nor_write_elsewhere(checkpoint, tmp_
     (packed / "packed.json").write_text(text.replace("model.safetensors", "../x.safetensors"))
     with pytest.raises(ValueError, match=r"is damaged: tensor .* is in ../x.safetensors, outside"):
         unpack_checkpoint(packed, tmp_path / "again")
+
+
+def test_a_truncated_checkpoint_is_named(checkpoint, tmp_path):
+    for name, data in contents(checkpoint).items():
+        (tmp_path / "cut" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cut" / name).write_bytes(data[:-9] if name == "model.safetensors" else data)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or truncated"):
+        pack_checkpoint(tmp_path / "cut", tmp_path / "packed")

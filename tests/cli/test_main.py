@@ -82,7 +82,10 @@ def test_fit_keeps_zeros(project, symprune, monkeypatch):
         (["--model.pretrained=./nowhere"], "symprune: no model at nowhere: expected a folder"),
         (["--data.sequences=4000"], "symprune: the texts for calibration are too short"),
         (["--pruning.sparsity=1.5"], "symprune: sparsity is 1.5, but "),
-        (["--pruning.score=wander"], "symprune: no Score is called 'wander'; choose"),
+        (
+            ["--pruning.score=wander"],
+            "symprune: no Score is called 'wander' (did you mean Wanda?); choose",
+        ),
     ],
 )
 def test_user_errors_are_one_line(project, symprune, arguments, message):
@@ -95,8 +98,23 @@ def test_user_errors_are_one_line(project, symprune, arguments, message):
 def test_an_unknown_recipe(project, symprune):
     with pytest.raises(SystemExit) as error:
         symprune("prune", "--config", "wander", *small(project))
-    assert str(error.value).startswith("symprune: there is no file or recipe wander; the recipes")
+    assert str(error.value).startswith(
+        "symprune: there is no file or recipe wander (did you mean wanda?); the recipes"
+    )
     assert all(recipe in str(error.value) for recipe in RECIPES)
+
+
+def test_help_is_a_command_too(symprune, capsys):
+    symprune("help")
+    assert capsys.readouterr().out.startswith("usage: symprune COMMAND")
+    symprune("help", "prune")
+    assert "--sparsity FRACTION" in capsys.readouterr().out
+
+
+def test_a_mapping_that_is_cut_off(project, symprune):
+    options = ["--data.evaluation", '{"same": null, "other": ']
+    with pytest.raises(SystemExit, match="neither valid JSON nor YAML"):
+        symprune("prune", "--config", "ria", *small(project), *options)
 
 
 def test_an_invalid_option_is_reported_without_the_list_of_options(project, symprune, capsys):
@@ -350,13 +368,22 @@ main()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_killed_run_is_resumed_by_the_same_command(project, stream):
+def test_a_killed_run_is_resumed_by_the_same_command(project, symprune, stream):
+    arguments = [
+        "prune",
+        "--config",
+        "ria-r2dsnot",
+        *small(project),
+        "--stream",
+        stream,
+        "--output",
+    ]
+
     def run(output, calls):
-        command = [sys.executable, "-c", DYING, str(calls), "prune", "--config", "ria-r2dsnot"]
-        command += [*small(project), "--stream", stream, "--output", str(project / output)]
+        command = [sys.executable, "-c", DYING, str(calls), *arguments, str(project / output)]
         return subprocess.run(command, check=False, capture_output=True, text=True)
 
-    assert run("expected", 0).returncode == 0
+    symprune(*arguments, project / "expected")
     # while writing the journal's header, a block, the checkpoint
     for calls in (1, 4, 9):
         killed = run("killed", calls)

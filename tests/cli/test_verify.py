@@ -350,3 +350,8 @@ def test_the_command(project, symprune, capsys):
     with pytest.raises(SystemExit, match=r"symprune: .*does not match its manifest: manifest"):
         symprune("verify", project / "model")
     assert "FAILED  manifest: no sparsity_manifest.json in" in capsys.readouterr().out
+
+
+def test_there_is_no_folder(symprune, tmp_path):
+    with pytest.raises(SystemExit, match="symprune: there is no folder"):
+        symprune("verify", tmp_path / "nowhere")

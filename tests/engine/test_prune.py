@@ -404,3 +404,13 @@ def test_batches_with_labels_are_explained():
         prune_model(model, batches)
     result = prune_model(model, batches, forward=lambda model, batch: model(batch[0]))
     assert result.sparsity == 0.5
+
+
+def test_results_are_short_in_a_notebook():
+    result = prune_model(mlp(), [torch.randn(4, 16)], score="wanda")
+    assert repr(result) == f"PruneResult({len(result.layers)} layers, sparsity 0.5000)"
+
+
+def test_a_pattern_without_its_prefix_is_named():
+    with pytest.raises(ValueError, match=r"matches none of the .* \(as a pattern: 're:\.\*2'\)"):
+        prune_model(mlp(), [torch.randn(4, 16)], ignore=[".*2"])

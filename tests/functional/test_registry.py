@@ -29,7 +29,7 @@ def test_instances_pass_through():
 
 
 def test_unknown_name_lists_the_choices():
-    with pytest.raises(ValueError, match=r"no Score is called 'wand'; choose one of: .*RIA.*Wanda"):
+    with pytest.raises(ValueError, match=r"'wand' \(did you mean Wanda\?\); choose one of: .*RIA"):
         lookup(Score, "wand")
 
 

@@ -58,6 +58,12 @@ def pack_masks(
     source, path = source_and_destination(folder, output)
     files = weight_files(source)
     load_masks(source)  # raises if there are none
+    changed = changes_of_weights(source)
+    if changed:
+        raise ValueError(
+            f"{changed} changed the kept weights of {source}, so masks cannot restore it: use "
+            f"`symprune pack` without --masks_only"
+        )
     model = _base_of(source, base)
     tensors = {
         name: {"file": files[name], "dtype": _dtype_name(tensor), "sha256": sha256(tensor)}
@@ -123,6 +129,20 @@ def restore_from_masks(
         model = base or pointer["model"]
         _write_weights(source, tmp, info["tensors"], model, advice, trust_remote_code)
     return path
+
+
+def changes_of_weights(folder: Path) -> str:
+    """Return what changed the kept weights of a checkpoint by its manifest; empty for nothing."""
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError):
+        return ""
+    settings = manifest.get("settings") or {}
+    methods = [settings.get("update"), settings.get("solver")]
+    names = [method["name"] for method in methods if isinstance(method, Mapping)]
+    names += ["reconstruct"] * bool(manifest.get("blocks"))
+    names += ["Distillation"] * bool(manifest.get("distillation"))
+    return ", ".join(names)
 
 
 def _base_of(source: Path, base: str | None) -> str:

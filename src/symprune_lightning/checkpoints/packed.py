@@ -18,6 +18,7 @@ from symprune_lightning.checkpoints.export import check_destination
 from symprune_lightning.checkpoints.masks import FILE, FOLDER, load_masks, save_masks
 from symprune_lightning.checkpoints.weight_files import (
     check_inside,
+    open_weights,
     read_tensors,
     weight_files,
 )
@@ -58,7 +59,7 @@ def pack_checkpoint(folder: str | Path, output: str | Path) -> Path:
     with atomic_directory(path) as tmp:
         copy_others(source, tmp, {*files.values(), *([f"{FOLDER}/{FILE}"] if names else [])})
         for file in sorted(set(files.values())):
-            with safe_open(source / file, framework="pt") as opened:
+            with open_weights(source / file) as opened:
                 parts: dict[str, Tensor] = {}
                 for name in opened.keys():  # noqa: SIM118 — no mapping
                     tensor = opened.get_tensor(name)

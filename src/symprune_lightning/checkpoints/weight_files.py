@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
@@ -32,8 +34,23 @@ def weight_files(folder: Path) -> dict[str, str]:
         raise FileNotFoundError(
             f"{folder} has neither {INDEX} nor {SINGLE}: only weights in safetensors are read"
         )
-    with safe_open(folder / SINGLE, framework="pt") as opened:
+    with open_weights(folder / SINGLE) as opened:
         return dict.fromkeys(opened.keys(), SINGLE)
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """Open a safetensors file.
+
+    Raises:
+        ValueError: It is damaged or truncated.
+    """
+    try:
+        opened = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or truncated: {error}") from error
+    with opened:
+        yield opened
 
 
 def check_inside(files: Mapping[str, str]) -> None:
@@ -71,6 +88,6 @@ def read_tensors(
     for name in names:
         by_file.setdefault(files[name], []).append(name)
     for file, members in by_file.items():
-        with safe_open(folder / file, framework="pt") as opened:
+        with open_weights(folder / file) as opened:
             for name in members:
                 yield name, opened.get_tensor(name)

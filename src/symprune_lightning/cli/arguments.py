@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+import yaml
+
 from symprune_lightning.cli.help import suggestion
 
 SOURCES = ("--data.dataset", "--data.evaluation")
@@ -35,12 +37,23 @@ def expand(
             continue
         position = expanded.index(source) + 1
         value, settings = expanded[position], [x for x in expanded if x.startswith(f"{source}.")]
+        if value.startswith("{"):
+            _check_mapping(source, value)
         if value in protocols:
             expanded = _with_settings(expanded, source, protocols[value])
         elif settings and not any(x.startswith(f"{source}.path") for x in settings):
             path = ["symprune_lightning.TextSource", f"{source}.path", value]
             expanded[position : position + 1] = path
     return expanded
+
+
+def _check_mapping(option: str, value: str) -> None:
+    """Raise ``ValueError`` for a mapping that is cut off: it would be taken for a hub name."""
+    try:
+        yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{option} is {value!r}, neither valid JSON nor YAML: {reason}") from error
 
 
 def _with_settings(arguments: Sequence[str], source: str, name: str) -> list[str]:

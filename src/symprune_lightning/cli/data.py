@@ -53,9 +53,10 @@ def print_data(arguments: Sequence[str], console: Console | None = None) -> None
 
 
 def _table(data: CalibrationDataModule) -> Table:
-    table = Table(title="Sequences that the model is given")
+    table = Table(title="Sequences that the model is given", box=None, pad_edge=False)
     for heading in ("split", "sequences", "length", "tokens", *SHARES, "sha256"):
-        table.add_column(heading, justify="left" if heading in ("split", "sha256") else "right")
+        is_name = heading in ("split", "sha256")
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name)
     for name, windows in data.splits.items():
         ids = windows.ids if windows.mask is None else windows.ids[windows.mask]
         table.add_row(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.sparse import to_sparse_semi_structured
 
 from symprune_lightning.checkpoints.masks import FOLDER, infer_masks, load_masks, match_layers
+from symprune_lightning.checkpoints.masks_only import changes_of_weights
 from symprune_lightning.checkpoints.packed import INFO, packed_size
 from symprune_lightning.checkpoints.pretrained import load_model
 from symprune_lightning.checkpoints.weight_files import read_tensors, weight_files
@@ -87,8 +88,10 @@ def sizes(folder: Path) -> list[Size]:
     result.append(Size("symprune pack", packed))
     masks = sum(file.stat().st_size for file in (folder / FOLDER).glob("masks*.safetensors"))
     if masks:
-        note = "with the dense model, if pruning did not change the kept weights"
-        result.append(Size("symprune pack --masks_only", masks, note))
+        changed = changes_of_weights(folder)
+        refusal = f"not possible: {changed} changed the kept weights"
+        note = refusal if changed else "with the dense model"
+        result.append(Size("symprune pack --masks_only", None if changed else masks, note))
     return result
 
 
@@ -259,8 +262,10 @@ def _size_table(found: Sequence[Size]) -> Table:
     plain = found[0].bytes
     assert plain
     for size in found:
-        cells = ["–", "–"] if size.bytes is None else [_mb(size.bytes), f"{size.bytes / plain:.0%}"]
-        table.add_row(size.form, *cells, size.note)
+        if size.bytes is None:
+            table.add_row(size.form, "–", "–", size.note)
+            continue
+        table.add_row(size.form, f"{size.bytes / 1e6:.1f}", f"{size.bytes / plain:.0%}", size.note)
     return table
 
 
@@ -274,16 +279,12 @@ def _speed_table(found: Sequence[Speed]) -> Table:
             continue
         times = [f"{speed.seconds[tokens] * 1e3:.1f}" for tokens in TOKENS]
         factors = (f"{dense.seconds[n] / speed.seconds[n]:.2f}x" for n in TOKENS)
-        table.add_row(speed.runtime, *times, " / ".join(factors), _mb(speed.bytes))
+        table.add_row(speed.runtime, *times, " / ".join(factors), f"{speed.bytes / 1e6:.1f}")
     return table
 
 
 def _tokens(count: int) -> str:
     return f"{count} token{'s' * (count > 1)}"
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.1f}"
 
 
 def _notes(found: Sequence[Speed]) -> Iterator[str]:

@@ -59,6 +59,8 @@ def _print_help(command: str, arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help", *arguments[2:]]
     if arguments[:1] in ([], ["--help"], ["-h"]):
         print(HELP, end="")
     elif arguments == ["--version"]:

@@ -21,6 +21,7 @@ from symprune_lightning.callbacks.pruning import PruningCallback, find_pruning_c
 from symprune_lightning.callbacks.symprune import SymPrune
 from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source
 from symprune_lightning.cli.arguments import expand, usage_message
+from symprune_lightning.cli.help import suggestion
 from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.data.protocols import PROTOCOLS
 from symprune_lightning.module import CausalLMModule
@@ -200,8 +201,10 @@ def find_recipe(name: str) -> str:
     if path.is_file():
         return str(path)
     if name not in recipes:
+        hint = suggestion(name, list(recipes)).replace(": ", " (") + ")"
         raise ValueError(
-            f"there is no file or recipe {name}; the recipes are: {', '.join(recipes)}"
+            f"there is no file or recipe {name}{hint if len(hint) > 1 else ''}; the recipes are: "
+            f"{', '.join(recipes)}"
         )
     return str(recipes[name])
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from symprune_lightning.callbacks.report.summary import advice, asked, outcome, ratios_of
+from symprune_lightning.callbacks.report.summary import PERPLEXITY, advice, asked, outcome
 from symprune_lightning.checkpoints.manifest import MANIFEST, read_manifest
 
 Manifest = Mapping[str, Any]
@@ -71,7 +71,10 @@ def figures(manifest: Manifest) -> dict[str, str]:
         "sparsity": f"{manifest['sparsity']:.4f}",
         "coverage of the blocks": f"{manifest['coverage']['fraction']:.3f}",
     }
-    for name, (dense, pruned) in ratios_of(manifest).items():
+    metrics = manifest["metrics"]
+    names = [name for name in metrics["pruned"] if name.startswith(PERPLEXITY)]
+    for name in (name for name in names if name in metrics["dense"]):
+        dense, pruned = metrics["dense"][name], metrics["pruned"][name]
         found |= {f"{name}, dense": f"{dense:.3f}", f"{name}, pruned": f"{pruned:.3f}"}
         found[f"{name}, × dense"] = f"{pruned / dense:.3f}"
     errors = [_last_error(layer) for layer in manifest["layers"]]

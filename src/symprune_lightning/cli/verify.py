@@ -59,8 +59,13 @@ def verify(folder: str, perplexity: bool = True, trust_remote_code: bool = False
 
     Returns:
         The checks performed. Dependent checks are skipped after a failure.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
     """
     path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
     checks: list[Check] = []
 
     def passes(name: str, check: Callable[[], str | None]) -> bool:

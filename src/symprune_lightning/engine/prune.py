@@ -324,7 +324,8 @@ def _call(model: nn.Module, batch: Any) -> object:
     return call_model(
         model,
         batch,
-        "otherwise say how to run the model, such as forward=lambda model, batch: model(batch[0])",
+        "otherwise say how to run the model, such as forward=lambda model, batch: model(batch[0]), "
+        "or model(batch['x']) for mappings",
     )
 
 

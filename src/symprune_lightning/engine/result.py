@@ -189,6 +189,9 @@ class PruneResult:
     left_dense: list[DenseWeight] = field(default_factory=list)
     coverage_counts: CoverageCounts = field(default_factory=CoverageCounts)
 
+    def __repr__(self) -> str:
+        return f"PruneResult({len(self.layers)} layers, sparsity {self.sparsity:.4f})"
+
     def is_applied_to(self, model: nn.Module) -> bool:
         """Return whether the model's weights are zero wherever the masks prune."""
         for layer in find_layers(model, self.masks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -33,7 +34,10 @@ def lookup(base: type[T], method: T | str) -> T:
     matches = [c for c in candidates if _normalized(c.__name__) == _normalized(method)]
     if not matches:
         names = ", ".join(sorted({c.__name__ for c in candidates}))
-        raise ValueError(f"no {base.__name__} is called {method!r}; choose one of: {names}")
+        known = {_normalized(c.__name__): c.__name__ for c in candidates}
+        close = get_close_matches(_normalized(method), known, n=1)
+        hint = f" (did you mean {known[close[0]]}?)" if close else ""
+        raise ValueError(f"no {base.__name__} is called {method!r}{hint}; choose one of: {names}")
     # Picking either class would silently change what the name of a built-in method computes.
     if len(matches) > 1:
         classes = ", ".join(sorted(f"{c.__module__}.{c.__qualname__}" for c in matches))

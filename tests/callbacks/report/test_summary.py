@@ -18,7 +18,7 @@ def manifest(dense=10.0, pruned=20.0, settings=None, **entries):
         ({"iterable": "list"}, "texts in memory"),
         ({"self": {"temperature": 1.0, "prefixes": []}}, "samples of the model"),
         ("org/iterable-self", "org/iterable-self"),
-        ({"path": "a.jsonl", "name": None}, "path: a.jsonl"),
+        ({"path": "a.jsonl", "column": "body"}, "a.jsonl (column body)"),
     ],
 )
 def test_the_source_of_calibration_texts(dataset, source):
@@ -76,7 +76,7 @@ def test_what_the_figures_do_not_show():
     source, coverage, tokens = advice(run)
     assert "from one source" in source
     assert coverage.startswith("Only 50 % of the weights")
-    assert tokens.startswith("Measured on fewer tokens than it has inputs: a, one of 1 such")
+    assert tokens.startswith("1 of 2 layers were measured on fewer tokens than they have inputs")
 
 
 def test_nothing_was_evaluated():

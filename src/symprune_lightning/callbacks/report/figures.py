@@ -116,6 +116,8 @@ def figures(
     if sparsities and max(sparsities) - min(sparsities) > SAME:
         drawn["sparsity"] = _layer_plot(layers, [("sparsity", "fraction of zeros")])
     errors = [(key, label) for key, label in ERRORS if _has_values(layers, key)]
+    if not any(layer.get("swaps") for layer in layers):  # no refiner: the same error twice
+        errors = [(key, label) for key, label in errors if key != "error_refined"]
     if errors:
         drawn["error"] = _layer_plot(layers, errors)
     if any(layer.get("swaps") for layer in layers):

@@ -43,6 +43,9 @@ def _source(manifest: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         return "texts in memory"
     if isinstance(dataset, Mapping) and SELF in dataset:
         return "samples of the model"
+    if isinstance(dataset, Mapping) and "path" in dataset:
+        column = dataset.get("column") or "text"
+        return str(dataset["path"]) + f" (column {column})" * (column != "text")
     return str(data.get("dataset", "batches"))
 
 
@@ -123,6 +126,6 @@ def _about_evidence(manifest: Mapping[str, Any]) -> Iterator[str]:
     if few:
         experts = ", or experts='all'" if any("expert" in name for name in few) else ""
         yield (
-            f"Measured on fewer tokens than it has inputs: {few[0]}, one of {len(few)} such "
-            f"layers. Use more calibration sequences{experts}."
+            f"{len(few)} of {len(layers)} layers were measured on fewer tokens than they have "
+            f"inputs, such as {few[0]}: use more calibration sequences{experts}."
         )

@@ -46,7 +46,7 @@ class Calibration:
 def call_model(model: nn.Module, batch: Any, advice: str) -> object:
     """Call a model: mappings as keyword arguments, tuples and lists as positional ones.
 
-    A mapping is passed whole to a model that has one argument and takes none of the keys.
+    A mapping is passed whole to a model that requires one argument and takes none of the keys.
 
     Args:
         model: The model.
@@ -94,8 +94,8 @@ def _takes_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     if batch.keys() & parameters.keys():
         return False  # a key that it does not take is a mistake, which the call names
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [p.default for p in parameters.values() if p.kind in kinds]
-    return positional == [inspect.Parameter.empty]
+    required = [p for p in parameters.values() if p.kind in kinds and p.default is p.empty]
+    return len(required) == 1
 
 
 def logits_of(output: object) -> Tensor | None:
