@@ -296,7 +296,7 @@ def test_the_report_of_a_streamed_run(dense, tmp_path, order):
     stream(dense, tmp_path / "sparse", *callbacks)
     page = (tmp_path / "sparse" / "report.html").read_text()
     images = {path.stem for path in (tmp_path / "sparse" / "symprune").glob("*.png")}
-    assert images == {"error", "sparsity", "swaps", "scores", "masks", "time"}
+    assert images == {"error", "swaps", "scores", "masks", "time"}
     assert page.count("data:image/png;base64,") == len(images)
     for report in read_manifest(tmp_path / "sparse")["layers"]:
         assert report["name"] in page
