@@ -23,22 +23,13 @@ from typing import Any
 
 import torch
 
+from quality import COMPOSITIONS, GRADIENT
 from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune, Trainer
 from tables import QUIET_TRAINER, append_row, read_rows
 
 Texts = dict[str, list[str]]
 FIELDS = ("study", "calibration", "sparsity", "seed", "evaluation", "perplexity")
-COMPOSITION: dict[str, Any] = {
-    "score": "ria",
-    "refine": "exactswap",
-    "update": "maskedcg",
-    "allocation": "sensitivity",
-}
-GRADIENT: dict[str, Any] = {
-    "score": "gradientwanda",
-    "group": "layer",
-    "allocation": "sensitivity",
-}
+COMPOSITION = COMPOSITIONS["RIA + ExactSwap + MaskedCG + Sensitivity"]
 DENSE = "dense"
 
 

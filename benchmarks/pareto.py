@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
+from quality import EXACT, GRADIENT
 from symprune_lightning import CalibrationDataModule, CausalLMModule, R2DSnoT, SymPrune, Trainer
 from tables import QUIET_TRAINER, append_row, read_rows
+from timing import forward_seconds
 
 FIELDS = ("method", "sparsity", "perplexity", "forwards", "dense", "seconds")
-EXACT: dict[str, Any] = {"score": "ria", "refine": "exactswap"}
 SENSITIVITY: dict[str, Any] = {"allocation": "sensitivity", "gradient_batches": 4}
 BEST: dict[str, Any] = {**EXACT, **SENSITIVITY, "update": "maskedcg"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -32,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Wanda": {"score": "wanda"},
     "RIA": {"score": "ria"},
     "RIA + R²-DSnoT (gram)": {"score": "ria", "refine": R2DSnoT(guard="gram")},
-    "GradientWanda + Sensitivity": {"score": "gradientwanda", "group": "layer", **SENSITIVITY},
+    "GradientWanda + Sensitivity": {**GRADIENT, "gradient_batches": 4},
     "SparseGPT": {"solver": "sparsegpt"},
     "RIA + ExactSwap": EXACT,
     "RIA + ExactSwap + Sensitivity": {**EXACT, **SENSITIVITY},
@@ -53,18 +52,6 @@ LABELS = {
     "ADMM + Sensitivity": (2, -13, "left"),
 }
 """Places of labels that would overlap others: offset in points, horizontal alignment."""
-
-
-@torch.no_grad()
-def forward_seconds(module: CausalLMModule, data: CalibrationDataModule) -> float:
-    """Return the faster of two plain forwards over the calibration sequences."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        for batch in data.calibration_dataloader():
-            module(batch)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def study(options: argparse.Namespace) -> None:

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch import Callback, LightningModule
 
 from symprune_lightning import (
@@ -29,6 +27,7 @@ from symprune_lightning import (
     Trainer,
 )
 from tables import QUIET_TRAINER, append_row
+from timing import forward_seconds
 
 
 class Perplexities(Callback):
@@ -40,18 +39,6 @@ class Perplexities(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LightningModule) -> None:
         """Record the perplexity."""
         self.values.append(float(trainer.callback_metrics["val_perplexity"]))
-
-
-@torch.no_grad()
-def forward_seconds(module: CausalLMModule, data: CalibrationDataModule) -> float:
-    """Return the faster of two plain forwards over the calibration sequences."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        for batch in data.calibration_dataloader():
-            module(batch)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def run(options: argparse.Namespace, sparsity: float) -> dict[str, object]:

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,10 +15,9 @@ from symprune_lightning.cli.main import main
 from symprune_lightning.cli.parser import instantiate
 from tests.cli.commands import small
 from tests.models import batches, build
+from tests.test_docs import PAGES
 from tests.texts import texts, tokenizer, write_project
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ON_CHECKPOINTS = ("apply", "gain", "list", "pack", "report", "unpack", "verify")
 """Commands that are run; the others are parsed, since they take minutes or the Hub."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,11 +23,9 @@ from symprune_lightning import (
 from symprune_lightning.checkpoints.packed import folder_size
 from symprune_lightning.cli.verify import verify
 from tests.callbacks.examples import text_data
-from tests.checkpoints.test_packed import contents
+from tests.checkpoints.test_packed import MASKS, contents
 from tests.models import build
 from tests.trainers import TRAINER
-
-MASKS = "symprune/masks.safetensors"
 
 
 @pytest.fixture(scope="module", params=["llama", "mixtral"])
@@ -119,24 +118,17 @@ def test_the_two_kinds_of_copies_name_each_other(folders, tmp_path):
 
 def test_a_manifest_that_names_no_model(folders, tmp_path):
     _, pruned = folders
-    nameless = copy_of(pruned, tmp_path / "nameless")
+    nameless = shutil.copytree(pruned, tmp_path / "nameless")
     manifest = json.loads((nameless / "sparsity_manifest.json").read_text())
     (nameless / "sparsity_manifest.json").write_text(json.dumps({**manifest, "model": ""}))
     with pytest.raises(ValueError, match="names no model: pass --base"):
         pack_masks(nameless, tmp_path / "copy")
 
 
-def copy_of(folder, target):
-    for name, data in contents(folder).items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes(data)
-    return target
-
-
 def test_tensors_of_several_dtypes_and_files(folders, tmp_path):
     """Streaming keeps the dtype of each tensor, and writes a file for each block."""
     dense, pruned = folders
-    mixed = copy_of(pruned, tmp_path / "mixed")
+    mixed = shutil.copytree(pruned, tmp_path / "mixed")
     weights = load_file(pruned / "model.safetensors")
     (mixed / "model.safetensors").unlink()
     norms = {name: weight.float() for name, weight in weights.items() if "norm" in name}
@@ -152,7 +144,7 @@ def test_tensors_of_several_dtypes_and_files(folders, tmp_path):
 
 def test_a_tensor_that_the_dense_model_does_not_have(folders, tmp_path):
     dense, pruned = folders
-    other = copy_of(pruned, tmp_path / "other")
+    other = shutil.copytree(pruned, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     save_file(
         {**weights, "old.inv_freq": torch.ones(3)},

@@ -63,9 +63,9 @@ class PruningCallback(Callback, PruningHooks, ABC):
     module; else ``calibration_dataloader()`` of the LightningModule.
 
     A batch is given to the module's ``calibration_step(batch)`` if it has one, else to the module
-    itself: mappings as keyword arguments (whole to a ``forward`` that has one argument and takes
-    none of the keys), tuples and lists as positional ones. A module may name the submodule to prune
-    in an attribute ``prunable_model``; layer names are then relative to it.
+    itself: mappings as keyword arguments (whole to a ``forward`` that requires one argument and
+    takes none of the keys), tuples and lists as positional ones. A module may name the submodule to
+    prune in an attribute ``prunable_model``; layer names are then relative to it.
 
     Args:
         when: ``"validate"``, ``"test"``, ``"fit_start"``, ``"fit_end"``; or

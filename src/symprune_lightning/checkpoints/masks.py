@@ -68,7 +68,7 @@ def load_masks(path: str | Path) -> PackedMasks:
         ValueError: The file holds no masks, or cannot be read.
     """
     path = Path(path).expanduser()
-    files = sorted((path / FOLDER).glob("masks*.safetensors")) if path.is_dir() else [path]
+    files = mask_files(path) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise FileNotFoundError(
             f"no masks at {path}: pass a {FILE}, or the folder of a checkpoint written with masks"
@@ -78,6 +78,11 @@ def load_masks(path: str | Path) -> PackedMasks:
         for name, bits, columns in _read_packed(file):
             masks.add_packed(name, bits, columns)
     return masks
+
+
+def mask_files(folder: Path) -> list[Path]:
+    """Return the mask files of a checkpoint; a streamed one has a file for each block."""
+    return sorted((folder / FOLDER).glob("masks*.safetensors"))
 
 
 def _read_packed(file: Path) -> Iterator[tuple[str, Tensor, int]]:

@@ -66,7 +66,7 @@ def pack_masks(
         )
     model = _base_of(source, base)
     tensors = {
-        name: {"file": files[name], "dtype": _dtype_name(tensor), "sha256": sha256(tensor)}
+        name: {"file": files[name], "dtype": _dtype_name(tensor.dtype), "sha256": sha256(tensor)}
         for name, tensor in read_tensors(source, files, files)
     }
     info: dict[str, Any] = {"format_version": FORMAT_VERSION, "tensors": tensors}
@@ -177,9 +177,8 @@ def _write_weights(
     # the widest dtype of the files: narrower tensors are cast from it without another rounding
     dtypes = (getattr(torch, entry["dtype"]) for entry in tensors.values())
     widest = max((x for x in dtypes if x.is_floating_point), key=lambda x: x.itemsize)
-    dtype = _dtype_name(torch.empty(0, dtype=widest))
     try:
-        dense = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        dense = load_model(model, dtype=_dtype_name(widest), trust_remote_code=trust_remote_code)
     except OSError as error:
         raise OSError(f"the dense model cannot be loaded; pass it as --model: {error}") from error
     apply_masks(dense, load_masks(source))
@@ -187,18 +186,22 @@ def _write_weights(
         written = Path(folder)
         dense.save_pretrained(written)
         del dense
+        files = weight_files(written)
         for file in sorted({entry["file"] for entry in tensors.values()}):
             expected = {name: x for name, x in tensors.items() if x["file"] == file}
-            restored = dict(_restored(written, expected, model, advice))
+            restored = dict(_restored(written, files, expected, model, advice))
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             save_file(restored, target / file, metadata={"format": "pt"})
 
 
 def _restored(
-    written: Path, expected: Mapping[str, Mapping[str, str]], model: str, advice: str
+    written: Path,
+    files: Mapping[str, str],
+    expected: Mapping[str, Mapping[str, str]],
+    model: str,
+    advice: str,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a file of the checkpoint in their dtypes."""
-    files = weight_files(written)
     missing = [name for name in expected if name not in files]
     if missing:
         raise ValueError(
@@ -214,5 +217,5 @@ def _restored(
         yield name, restored
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

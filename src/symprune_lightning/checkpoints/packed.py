@@ -166,17 +166,21 @@ def read_info(source: Path) -> dict[str, Any]:
 
 def packed_size(tensor: Tensor) -> int:
     """Return the bytes of a tensor in a packed copy, without names."""
-    kept = int((_bits(tensor) != 0).sum())
-    return min(kept * tensor.element_size() + -(-tensor.numel() // 8), tensor.nbytes)
+    return min(_parts_size(tensor, _bits(tensor) != 0), tensor.nbytes)
 
 
 def _packed(tensor: Tensor) -> dict[str, Tensor]:
     """Return the parts of a tensor by suffix; the tensor itself where that takes less space."""
     bits = _bits(tensor)
     kept = bits != 0  # of the bits, so that negative zeros are restored
-    if packed_size(tensor) >= tensor.nbytes:
+    if _parts_size(tensor, kept) >= tensor.nbytes:
         return {"": tensor}
     return {VALUES: tensor.flatten()[kept], MASK: pack(kept[None])[0]}
+
+
+def _parts_size(tensor: Tensor, kept: Tensor) -> int:
+    """Return the bytes of the kept values and of the mask of a tensor."""
+    return int(kept.sum()) * tensor.element_size() + -(-tensor.numel() // 8)
 
 
 def _restored(

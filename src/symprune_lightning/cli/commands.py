@@ -153,8 +153,8 @@ def _gain(arguments: list[str]) -> None:
 def _report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="symprune report",
-        description="Print what was asked for and what came out, of pruned checkpoints side by "
-        "side, and what to try next.",
+        description="Print methods and figures of pruned checkpoints side by side, and "
+        "recommendations.",
     )
     parser.add_argument("checkpoints", nargs="+", help="folders of pruned checkpoints")
     options = parser.parse_args(arguments)

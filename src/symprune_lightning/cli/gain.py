@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.sparse import to_sparse_semi_structured
 
-from symprune_lightning.checkpoints.masks import FOLDER, infer_masks, load_masks, match_layers
+from symprune_lightning.checkpoints.masks import infer_masks, load_masks, mask_files, match_layers
 from symprune_lightning.checkpoints.masks_only import changes_of_weights
 from symprune_lightning.checkpoints.packed import INFO, packed_size
 from symprune_lightning.checkpoints.pretrained import load_model
@@ -86,7 +86,7 @@ def sizes(folder: Path) -> list[Size]:
         compressor: Any = import_module("zstandard").ZstdCompressor()
         result.append(Size("zstd", plain * _ratio(paths, plain, compressor.compress), about))
     result.append(Size("symprune pack", packed))
-    masks = sum(file.stat().st_size for file in (folder / FOLDER).glob("masks*.safetensors"))
+    masks = sum(file.stat().st_size for file in mask_files(folder))
     if masks:
         changed = changes_of_weights(folder)
         refusal = f"not possible: {changed} changed the kept weights"
@@ -120,8 +120,8 @@ def pruned_layers(folder: Path, trust_remote_code: bool = False) -> list[Layer]:
         )
     weight_files(folder)  # raises if there are none
     model = load_model(str(folder), dtype="float32", trust_remote_code=trust_remote_code)
-    is_recorded = any((folder / FOLDER).glob("masks*.safetensors"))
-    layers = match_layers(model, load_masks(folder) if is_recorded else infer_masks(model))
+    masks = load_masks(folder) if mask_files(folder) else infer_masks(model)
+    layers = match_layers(model, masks)
     if not layers:
         raise ValueError(f"no layer of {folder} has zeros: prune it first")
     return layers
@@ -129,7 +129,7 @@ def pruned_layers(folder: Path, trust_remote_code: bool = False) -> list[Layer]:
 
 def speeds(layers: Sequence[Layer]) -> list[Speed]:
     """Return time and memory of layers in runtimes that can use zeros."""
-    weights = [layer.matrix() for layer in timed(layers)]
+    weights = [layer.matrix() for layer in layers]
     return [
         _measured("dense (torch)", weights, lambda w: w, lambda w, x: w @ x),
         _measured("CSR (torch)", weights, Tensor.to_sparse_csr, lambda w, x: w @ x),
@@ -206,16 +206,15 @@ def _measured(
 
 
 def _fastest_pass(products: Sequence[tuple[Any, Tensor]], multiply: Callable[..., Any]) -> float:
-    fastest, end = float("inf"), 0.0
-    while time.perf_counter() < (end or float("inf")):
+    times: list[float] = []
+    while sum(times[1:]) < SECONDS:  # the first pass is a warm-up
         start = time.perf_counter()
         for weight, inputs in products:
             multiply(weight, inputs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        fastest = min(fastest, time.perf_counter() - start)
-        end = end or time.perf_counter() + SECONDS  # the first pass is a warm-up
-    return fastest
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _memory(weight: Any) -> int:
@@ -241,9 +240,10 @@ def print_gains(folder: str, trust_remote_code: bool = False) -> None:
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         layers = pruned_layers(path, trust_remote_code)
         console.print(_size_table(sizes(path)))
-        found = speeds(layers)
+        chosen = timed(layers)
+        found = speeds(chosen)
     console.print(_speed_table(found))
-    about = f"{len(timed(layers))} of {len(layers)} pruned layers, float32, CPU, "
+    about = f"{len(chosen)} of {len(layers)} pruned layers, float32, CPU, "
     console.print(
         f"\n{about}{torch.get_num_threads()} threads.",
         *_notes(found),

@@ -98,5 +98,10 @@ def section(text: str, topic: str) -> str:
 
 def suggestion(name: str, known: list[str]) -> str:
     """Return ``"; did you mean …?"`` if a known name is close."""
-    close = get_close_matches(name, known, n=1)
-    return f": did you mean {close[0]}?" if close else ""
+    close = closest(name, known)
+    return f": did you mean {close}?" if close else ""
+
+
+def closest(name: str, known: list[str]) -> str:
+    """Return the known name that is closest to another; empty if none is close."""
+    return next(iter(get_close_matches(name, known, n=1)), "")

@@ -21,9 +21,10 @@ from symprune_lightning.callbacks.pruning import PruningCallback, find_pruning_c
 from symprune_lightning.callbacks.symprune import SymPrune
 from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source
 from symprune_lightning.cli.arguments import expand, usage_message
-from symprune_lightning.cli.help import suggestion
+from symprune_lightning.cli.help import closest
 from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.data.protocols import PROTOCOLS
+from symprune_lightning.data.sources import source_settings
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
 
@@ -157,8 +158,9 @@ class PruningCLI(LightningCLI):
             print(_as_json(callback, output))
             return
         print(_as_text(callback))
-        data = {"data": self.datamodule.settings, "metrics": {"pruned": callback.sparse_metrics}}
-        if is_one_source(data):
+        # without the hashes of the tokens, which `settings` computes
+        data = {"evaluation": source_settings(self.datamodule.evaluation)}
+        if is_one_source({"data": data, "metrics": {"pruned": callback.sparse_metrics}}):
             print(f"note: {ONE_SOURCE}")
         print("no --output: nothing was written" if output is None else f"checkpoint: {output}")
 
@@ -201,10 +203,10 @@ def find_recipe(name: str) -> str:
     if path.is_file():
         return str(path)
     if name not in recipes:
-        hint = suggestion(name, list(recipes)).replace(": ", " (") + ")"
+        close = closest(name, list(recipes))
+        hint = f" (did you mean {close}?)" if close else ""
         raise ValueError(
-            f"there is no file or recipe {name}{hint if len(hint) > 1 else ''}; the recipes are: "
-            f"{', '.join(recipes)}"
+            f"there is no file or recipe {name}{hint}; the recipes are: {', '.join(recipes)}"
         )
     return str(recipes[name])
 

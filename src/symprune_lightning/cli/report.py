@@ -1,4 +1,4 @@
-"""``symprune report``: methods and figures of checkpoints side by side, and what to try next."""
+"""``symprune report``: methods, figures and recommendations of checkpoints side by side."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from symprune_lightning.callbacks.report.summary import PERPLEXITY, advice, asked, outcome
+from symprune_lightning.callbacks.report.summary import advice, asked, outcome, perplexities
 from symprune_lightning.checkpoints.manifest import MANIFEST, read_manifest
+from symprune_lightning.engine.result import LayerReport
 
 Manifest = Mapping[str, Any]
 
@@ -60,8 +61,9 @@ def figures(manifest: Manifest) -> dict[str, str]:
     """Return the figures of a checkpoint by name, formatted.
 
     Examples:
+        >>> from dataclasses import asdict
         >>> metrics = {"dense": {"val_perplexity": 10.0}, "pruned": {"val_perplexity": 12.0}}
-        >>> layers = [{"error": 0.3, "error_refined": 0.1, "seconds": 1.0}]
+        >>> layers = [asdict(LayerReport("fc", (4, 8), 0.5, 0.5, 0.3, 0.1, None, 3, 64, 1.0))]
         >>> run = {"sparsity": 0.5, "metrics": metrics, "layers": layers}
         >>> run["coverage"] = {"fraction": 1.0}
         >>> figures(run)["val_perplexity, × dense"], figures(run)["error of the layers, mean"]
@@ -71,21 +73,12 @@ def figures(manifest: Manifest) -> dict[str, str]:
         "sparsity": f"{manifest['sparsity']:.4f}",
         "coverage of the blocks": f"{manifest['coverage']['fraction']:.3f}",
     }
-    metrics = manifest["metrics"]
-    names = [name for name in metrics["pruned"] if name.startswith(PERPLEXITY)]
-    for name in (name for name in names if name in metrics["dense"]):
-        dense, pruned = metrics["dense"][name], metrics["pruned"][name]
+    for name, (dense, pruned) in perplexities(manifest).items():
         found |= {f"{name}, dense": f"{dense:.3f}", f"{name}, pruned": f"{pruned:.3f}"}
         found[f"{name}, × dense"] = f"{pruned / dense:.3f}"
-    errors = [_last_error(layer) for layer in manifest["layers"]]
+    errors = [LayerReport(**layer).final_error for layer in manifest["layers"]]
     known = [error for error in errors if error is not None]
     if known:
         found["error of the layers, mean"] = f"{sum(known) / len(known):.4f}"
     found["seconds for scores and masks"] = f"{sum(x['seconds'] for x in manifest['layers']):.1f}"
     return found
-
-
-def _last_error(layer: Mapping[str, Any]) -> float | None:
-    """Return the error of a layer as it was written."""
-    keys = ("error_updated", "error_refined", "error")
-    return next((layer[key] for key in keys if layer.get(key) is not None), None)

@@ -110,10 +110,10 @@ def prune_model(
             ``torch.compile``, Fabric, ``DataParallel`` or DDP is run without the wrapper, and its
             layers have the names of the plain module.
         batches: Calibration data, an iterable of inputs of the model: mappings are passed as
-            keyword arguments (whole to a model that has one argument and takes none of the keys),
-            tuples and lists as positional ones, anything else as the single argument. Padding
-            marked by a 2-D ``attention_mask`` is not measured. Not iterated by methods that need no
-            data.
+            keyword arguments (whole to a model that requires one argument and takes none of the
+            keys), tuples and lists as positional ones, anything else as the single argument.
+            Padding marked by a 2-D ``attention_mask`` is not measured. Not iterated by methods that
+            need no data.
         score: Importance of each weight: a ``Score``, or its name.
         sparsity: Fraction of zeros in each group, in ``[0, 1)``; or by layer, first match first:
             ``{"re:.*down_proj": 0.4, "re:.*": 0.5}``.

@@ -35,9 +35,9 @@ def curves_of(layers: LayerReports, key: str) -> dict[str, dict[int, float]]:
 
 def kinds_of(layers: LayerReports) -> dict[str, tuple[str, int]]:
     """Return kind and block of each layer by its name."""
-    parts = {str(layer["name"]): str(layer["name"]).split(".") for layer in layers}
     found: dict[str, tuple[str, str, int]] = {}
-    for name, path in parts.items():
+    for name in (str(layer["name"]) for layer in layers):
+        path = name.split(".")
         first = next((i for i, part in enumerate(path) if part.isdecimal()), None)
         rest = path if first is None else [part for part in path[first:] if not part.isdecimal()]
         prefix = "" if first is None else ".".join(path[:first])

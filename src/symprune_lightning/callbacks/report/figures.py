@@ -115,12 +115,17 @@ def figures(
     sparsities = [float(layer["sparsity"]) for layer in layers]
     if sparsities and max(sparsities) - min(sparsities) > SAME:
         drawn["sparsity"] = _layer_plot(layers, [("sparsity", "fraction of zeros")])
-    errors = [(key, label) for key, label in ERRORS if _has_values(layers, key)]
-    if not any(layer.get("swaps") for layer in layers):  # no refiner: the same error twice
-        errors = [(key, label) for key, label in errors if key != "error_refined"]
+    is_refined = any(layer.get("swaps") for layer in layers)
+    errors = [
+        (key, title)
+        for key, title in ERRORS
+        # without a refiner, the refined mask is that of the score
+        if (is_refined or key != "error_refined")
+        and any(layer.get(key) is not None for layer in layers)
+    ]
     if errors:
         drawn["error"] = _layer_plot(layers, errors)
-    if any(layer.get("swaps") for layer in layers):
+    if is_refined:
         drawn["swaps"] = _layer_plot(layers, [("swaps", "swaps by the refiner")])
     experts = tokens_by_expert(layers)
     if experts:
@@ -179,10 +184,6 @@ def _axes(figure: Figure, *position: int) -> Any:
     for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
         label.set_color(GRAY)
     return axes
-
-
-def _has_values(layers: LayerReports, key: str) -> bool:
-    return any(layer.get(key) is not None for layer in layers)
 
 
 def _layer_plot(layers: LayerReports, panels: Sequence[tuple[str, str]]) -> Figure:

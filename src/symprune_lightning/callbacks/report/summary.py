@@ -1,4 +1,4 @@
-"""What a run asked for, what came out, and what to try next, in sentences."""
+"""Method, results and recommendations of a run as sentences."""
 
 from __future__ import annotations
 
@@ -73,11 +73,16 @@ def outcome(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def ratios_of(manifest: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Return dense and pruned perplexity by metric; of each set of texts if there are several."""
+    found = perplexities(manifest)
+    return {name: pair for name, pair in found.items() if "/" in name} or found
+
+
+def perplexities(manifest: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return dense and pruned perplexity by metric: of all texts, and of each set."""
     metrics = manifest.get("metrics") or {}
     dense, pruned = metrics.get("dense") or {}, metrics.get("pruned") or {}
     names = [name for name in pruned if name.startswith(PERPLEXITY) and name in dense]
-    sets = [name for name in names if "/" in name]
-    return {name: (dense[name], pruned[name]) for name in sets or names}
+    return {name: (dense[name], pruned[name]) for name in names}
 
 
 def advice(manifest: Mapping[str, Any]) -> list[str]:

@@ -89,7 +89,7 @@ def _call(model: nn.Module, batch: Any, is_whole: bool) -> object:
 
 
 def _takes_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Return whether ``forward`` takes a mapping as its one argument, and none of its keys."""
+    """Return whether ``forward`` requires one argument and takes none of the keys."""
     parameters = inspect.signature(model.forward).parameters
     if batch.keys() & parameters.keys():
         return False  # a key that it does not take is a mistake, which the call names

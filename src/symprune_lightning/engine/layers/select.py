@@ -155,8 +155,8 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from None
     if not matches:
-        is_plain = pattern == regex or not set(pattern) & set("*+?[]()|^$")
-        hint = "" if pattern.startswith("re:") or is_plain else f" (as a pattern: 're:{pattern}')"
+        is_unmarked = not pattern.startswith("re:") and bool(set(pattern) & set("*+?[]()|^$"))
+        hint = f" (as a pattern: 're:{pattern}')" if is_unmarked else ""
         raise ValueError(
             f"{pattern!r} matches none of the {len(names)} layers{hint}, which are: "
             f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
