@@ -23,6 +23,16 @@ def test_bits_survive_packing(rows, columns, data):
     assert torch.equal(PackedMasks({"a": mask})["a"], mask)
 
 
+@given(rows=st.integers(1, 9), columns=st.integers(1, 40))
+def test_transposed_masks(rows, columns):
+    """The masks of layers that are stored transposed."""
+    mask = torch.rand(columns, rows, generator=torch.Generator().manual_seed(rows)) < 0.5
+    packed = pack(mask.T)
+    assert packed.is_contiguous()
+    assert torch.equal(packed, pack(mask.T.contiguous()))
+    assert torch.equal(unpack(packed.T.contiguous().T, columns=columns), mask.T)
+
+
 def example():
     generator = torch.Generator().manual_seed(0)
     return {

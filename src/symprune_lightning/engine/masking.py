@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.plan import PruningPlan, prefix_errors
+from symprune_lightning.functional.masks import as_number
 from symprune_lightning.functional.patterns import NM, keep_highest
 from symprune_lightning.functional.permutation import channel_permutation
 from symprune_lightning.functional.statistics import Statistics
@@ -148,11 +150,11 @@ def _error_sums(
     swaps = (refined & ~mask).sum(dtype=torch.float64)
     sums = [torch.zeros_like(swaps)] * (NUM_SUMS - 1)
     if statistics.input is not None:
-        # a product, since masked_fill takes five times as long on a CPU
         sums[0] = _total_error(weight, statistics)
-        sums[1] = sums[2] = _total_error(weight * ~mask, statistics)
+        sums[1] = sums[2] = _total_error(weight * as_number(~mask, weight.dtype), statistics)
         if refined is not mask:
-            sums[2] = _total_error(weight * ~refined, statistics)
+            removed = weight * as_number(~refined, weight.dtype)
+            sums[2] = _total_error(removed, statistics)
         if updated is not None:
             sums[3] = _total_error(weight - updated, statistics)
     return torch.stack([*sums, swaps]).cpu()  # at once: a GPU waits for each copy to the host
@@ -195,12 +197,19 @@ def compute_scores(
                     f"{type(plan.method.score).__name__} returned scores of shape "
                     f"{tuple(score.shape)} for a weight of shape {tuple(weight.shape)}"
                 )
-            score = score[selected]
-            # aminmax takes a tenth of the time of isfinite here
-            if len(score) and not torch.stack(score.aminmax()).isfinite().all():
-                raise ValueError("some weights or scores are NaN or infinite")
-            scores.append(score.masked_fill(weight[selected] == 0, -torch.inf))
+            scores.append(_zeros_first(score[selected], weight[selected]))
     return scores
+
+
+def _zeros_first(score: Tensor, weight: Tensor) -> Tensor:
+    """Return the scores, −∞ where the weight is zero."""
+    if not len(score):
+        return score
+    # aminmax takes a tenth of the time of isfinite, and a twentieth of that of masked_fill
+    *limits, smallest = torch.stack([*score.aminmax(), weight.abs().amin()]).tolist()
+    if not all(math.isfinite(limit) for limit in limits):
+        raise ValueError("some weights or scores are NaN or infinite")
+    return score if smallest > 0 else score.masked_fill(weight == 0, -torch.inf)
 
 
 def initial_masks(
@@ -220,7 +229,7 @@ def initial_masks(
     pattern = plan.patterns[layers[0].name]
     if plan.is_rowwise(layers[0]):  # the scores are of these rows only
         return [
-            plan.patterns[layer.name].mask(score) & (score > -torch.inf)
+            _without_zeros(plan.patterns[layer.name].mask(score), score)
             for layer, score in zip(layers, scores, strict=True)
         ]
     if len(layers) == 1:
@@ -231,9 +240,16 @@ def initial_masks(
         parts = torch.split(kept, [score.numel() for score in scores])
         masks = [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
     return [
-        (mask & (score > -torch.inf))[part]
+        _without_zeros(mask, score)[part]
         for mask, score, part in zip(masks, scores, rows, strict=True)
     ]
+
+
+def _without_zeros(mask: Tensor, score: Tensor) -> Tensor:
+    """Return a mask that prunes what is zero already."""
+    if not len(score) or bool(score.amin() > -torch.inf):
+        return mask
+    return mask & (score > -torch.inf)
 
 
 def channel_order(plan: PruningPlan, layer: Layer, score: Tensor) -> Tensor | None:

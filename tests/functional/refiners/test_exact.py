@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from symprune_lightning.functional.patterns import NM
 from symprune_lightning.functional.refiners import ExactSwap, exact
+from symprune_lightning.functional.refiners.shortlist import lowest_of_groups
+from symprune_lightning.functional.refiners.swaps import lowest
 from symprune_lightning.functional.statistics import Statistics
 from tests.functional.examples import example
 
@@ -140,9 +142,26 @@ def test_lowest_equals_a_sort(rows, columns, count, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.stack([torch.randperm(columns, generator=generator) for _ in range(rows)]).double()
     count = min(count, columns)
-    values, indices = exact.lowest(x, count)
+    values, indices = lowest(x, count)
     assert torch.equal(values, x.sort(1).values[:, :count])
     assert torch.equal(x.gather(1, indices), values)
+
+
+@given(
+    rows=st.integers(1, 4),
+    columns=st.sampled_from([1, 7, 64, 128, 256, 264, 576]),
+    count=st.integers(1, 16),
+    seed=st.integers(0, 99),
+)
+def test_lowest_of_groups(rows, columns, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.stack([torch.randperm(columns, generator=generator) for _ in range(rows)]).double()
+    count = min(count, columns)
+    values, indices = lowest_of_groups(x, count)
+    assert torch.equal(x.gather(1, indices), values)
+    assert all(len(set(row.tolist())) == count for row in indices)
+    assert torch.equal(values[:, 0], x.amin(1))
+    assert torch.equal(values, values.sort(1).values)
 
 
 @given(seed=st.integers(0, 50), window=st.sampled_from([None, 4]), split=st.integers(1, 11))

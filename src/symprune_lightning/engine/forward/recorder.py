@@ -14,7 +14,7 @@ from symprune_lightning.engine.distributed.dtensor import full_tensor, local_ten
 from symprune_lightning.engine.forward.padding import aligned
 from symprune_lightning.engine.forward.sums import INPUT_SUMS, InputMoments, RunningSum
 from symprune_lightning.engine.layers.base import Layer, Tokens
-from symprune_lightning.functional.statistics import Need, Statistics
+from symprune_lightning.functional.statistics import Moments, Need, Statistics
 
 
 class LastInput:
@@ -83,8 +83,8 @@ class Recorder:
         # layer -> sources on this rank, and over all ranks once those have agreed
         self._local_sources: defaultdict[str, set[str]] = defaultdict(set)
         self._global_sources: dict[str, tuple[str, ...]] = {}
-        # sources of a layer -> sums over these sources and all ranks
-        self._reduced: dict[tuple[str, ...], dict[Need, RunningSum]] = {}
+        # sources of a layer -> statistics over these sources and all ranks
+        self._reduced: dict[tuple[str, ...], dict[Need, Moments | Tensor]] = {}
         self._used_since_release: set[tuple[str, ...]] = set()
         # source -> layers of this rank that are not freed
         self._users: defaultdict[str, set[str]] = defaultdict(set)
@@ -141,7 +141,7 @@ class Recorder:
             ValueError: The layer's input holds NaN or infinite values.
         """
         layer = self._layers[name]
-        values: dict[str, Any] = {need: s.value for need, s in self._reduced_sums(layer).items()}
+        values: dict[str, Any] = dict(self._reduced_statistics(layer).items())
         if self._measures_output:
             output = InputMoments(layer.shape[0], layer.parameter.device)
             output += self._output_sums.get(name, output)
@@ -171,8 +171,8 @@ class Recorder:
                     self._local_sums.pop(source, None)
                     del self._users[source]
         self._released = list(layers)
-        # reduced sums are freed by use, not by need: a rule that is the same on all ranks, while
-        # users depend on which layers this rank's batches reached
+        # reduced statistics are freed by use, not by need: a rule that is the same on all ranks,
+        # while users depend on which layers this rank's batches reached
         self._reduced = {key: self._reduced[key] for key in self._used_since_release}
         self._used_since_release.clear()
 
@@ -187,8 +187,8 @@ class Recorder:
     def _zeros(self, layer: Layer, device: torch.device) -> dict[Need, RunningSum]:
         return {need: cls(layer.shape[1], device) for need, cls in self._sum_types.items()}
 
-    def _reduced_sums(self, layer: Layer) -> dict[Need, RunningSum]:
-        """Return the layer's sums over its sources and all ranks; reduced once per input."""
+    def _reduced_statistics(self, layer: Layer) -> dict[Need, Moments | Tensor]:
+        """Return the statistics over a layer's sources and all ranks; reduced once per input."""
         key = self._sources(layer.name)
         if key not in self._reduced:
             sums = self._zeros(layer, layer.parameter.device)
@@ -197,7 +197,7 @@ class Recorder:
                     sums[need] += local
             totals = [total for s in sums.values() for total in s.totals.values()]
             self._communicator.all_reduce_sum_(totals)
-            self._reduced[key] = sums
+            self._reduced[key] = {need: s.value for need, s in sums.items()}
         self._used_since_release.add(key)
         return self._reduced[key]
 

@@ -107,8 +107,8 @@ class GramMatrix(RunningSum):
     def value(self) -> Tensor:
         """The Gram matrix, ``(channels, channels)``, float64."""
         # the panels fill the diagonal blocks too, so only the upper triangle is complete
-        upper = self.totals["total"].triu()
-        return (upper + upper.triu(1).T) / self.totals["tokens"]
+        upper = self.totals["total"].triu().div_(self.totals["tokens"])
+        return upper.add_(upper.triu(1).T)
 
 
 INPUT_SUMS: dict[Need, type[RunningSum]] = {

@@ -17,6 +17,7 @@ from symprune_lightning.engine.distributed.dtensor import (
     local_tensor,
     shard_like,
 )
+from symprune_lightning.functional.masks import zero_
 from symprune_lightning.functional.statistics import at_least_float32
 
 
@@ -104,9 +105,9 @@ class Layer:
         """
         parameter = self.parameter.detach()
         if is_dtensor(parameter) or not self._is_view(parameter):
-            local_tensor(parameter).masked_fill_(self.zero_mask(mask), 0)
+            zero_(local_tensor(parameter), self.zero_mask(mask))
         else:
-            self.view(parameter).masked_fill_(~mask, 0)
+            zero_(self.view(parameter), ~mask)
 
     @torch.no_grad()
     def copy_(self, weight: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from symprune_lightning.engine.distributed.dtensor import local_tensor, shard_like
 from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.functional.masks import zero_
 
 
 @dataclass(frozen=True)
@@ -80,4 +81,4 @@ def apply_changes(changes: Sequence[LayerChange]) -> None:
         pruned = zero_masks(layers, {c.layer.name: c.mask for c in group})
         for mask in pruned.values():
             with torch.no_grad():
-                local_tensor(layers[0].parameter).masked_fill_(mask, 0)
+                zero_(local_tensor(layers[0].parameter), mask)

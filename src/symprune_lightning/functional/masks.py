@@ -1,0 +1,37 @@
+"""Arithmetic with bool masks, in the ways that are fast on a CPU too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_number(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 1 where a mask is True and 0 elsewhere.
+
+    Examples:
+        >>> as_number(torch.tensor([True, False]), torch.float32)
+        tensor([1., 0.])
+    """
+    # of bytes: the conversion of bools takes eight times as long on a CPU
+    return mask.view(torch.uint8).to(dtype)
+
+
+def zero_(x: Tensor, pruned: Tensor) -> None:
+    """Set values to zero in place where a mask is True, also those that are NaN or infinite.
+
+    Args:
+        x: Floating point, any shape.
+        pruned: Bool, same shape.
+
+    Examples:
+        >>> x = torch.tensor([-1.0, torch.inf, 2.0])
+        >>> zero_(x, torch.tensor([True, True, False]))
+        >>> x
+        tensor([0., 0., 2.])
+    """
+    # A product of integers with the same bits: `masked_fill_` takes twenty times as long on a CPU,
+    # and a product of floats would be −0 for negative values and NaN for infinite ones.
+    x.view(_BITS[x.element_size()]).mul_((~pruned).view(torch.uint8))
