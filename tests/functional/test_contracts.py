@@ -201,6 +201,26 @@ class TestScore:
         )
 
 
+@pytest.mark.parametrize("score", [s for s in instances(Score) if s.by_rows], ids=repr)
+def test_scores_by_rows(score):
+    weight, statistics = data((20, 12))
+    whole = score(weight, dataclasses.replace(statistics, column_sum=None))
+    parts = [score(part, statistics) for part in weight.split(7)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_by_rows_is_declared_with_the_score():
+    class Renamed(Wanda):
+        pass
+
+    class Relative(Wanda):
+        def __call__(self, weight, statistics):
+            return weight.abs() / weight.abs().sum(0)
+
+    assert Renamed.by_rows
+    assert not Relative.by_rows
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("refiner", instances(MaskRefiner), ids=repr)
 class TestMaskRefiner:

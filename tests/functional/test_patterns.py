@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from symprune_lightning.functional.patterns import (
     NM,
-    WEIGHTS_PER_THREAD,
     Unstructured,
-    keep_highest,
     resolve_pattern,
 )
 
@@ -63,17 +61,6 @@ def test_nm_equals_a_stable_sort(rows, groups, m, data, seed):
     mask = pattern.mask(score)
     assert torch.equal(mask, sorted_reference(score, pattern))
     assert (mask.reshape(-1, m).sum(1) == n).all()
-
-
-def test_rows_divided_among_threads():
-    score = torch.rand(401, 500, generator=torch.Generator().manual_seed(0)).mul(100).round()
-    assert score.numel() > 2 * WEIGHTS_PER_THREAD
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    kept = keep_highest(score, 250)
-    torch.set_num_threads(before)
-    pruned = score.sort(dim=1, stable=True).indices[:, :250]
-    assert torch.equal(kept, torch.ones_like(kept).scatter_(1, pruned, False))
 
 
 def test_infinite_scores_are_ordered():

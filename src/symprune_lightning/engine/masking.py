@@ -14,13 +14,11 @@ from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.plan import PruningPlan, prefix_errors
-from symprune_lightning.functional.masks import as_number
+from symprune_lightning.engine.row_sums import column_sum, error_sums
+from symprune_lightning.functional.masks import row_chunks
 from symprune_lightning.functional.patterns import NM, keep_highest
 from symprune_lightning.functional.permutation import channel_permutation
-from symprune_lightning.functional.statistics import Statistics
-
-NUM_SUMS = 5
-"""Length of the vector that ``_error_sums`` returns."""
+from symprune_lightning.functional.statistics import Statistics, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class RowSlice:
         mask: Their mask, with the inputs in ``channel_order``.
         weight: Their new weights, if an update or a solver changed them.
         channel_order: Order of the inputs in which the layer was pruned.
-        sums: See ``_error_sums``.
+        sums: See ``error_sums``.
         seconds: Time for these rows.
     """
 
@@ -67,10 +65,17 @@ class RowPruner:
 
         Args:
             layers: The layers.
-            weights: Their weights, ``(out_features, in_features)``.
+            weights: Their weights, ``(out_features, in_features)``, in the dtype of the model.
             statistics: Their statistics.
         """
         start = time.perf_counter()
+        if self._is_by_rows(layers[0]):
+            for layer, weight, stats in zip(layers, weights, statistics, strict=True):
+                with prefix_errors(layer):
+                    yield self._prune_by_rows(layer, weight, stats, start)
+                start = time.perf_counter()
+            return
+        weights = [at_least_float32(weight) for weight in weights]
         rows = [self.communicator.row_slice(len(weight)) for weight in weights]
         if self.plan.method.solver is not None:
             for layer, weight, stats in zip(layers, weights, statistics, strict=True):
@@ -83,15 +88,59 @@ class RowPruner:
         scores = [s if o is None else s[:, o] for s, o in zip(scores, orders, strict=True)]
         masks = initial_masks(self.plan, layers, scores, rows)
         for layer, score, mask, part in zip(layers, scores, masks, rows, strict=True):
-            local_score = score if len(score) == len(mask) else score[part]
-            for hook in self.hooks:
-                hook.on_layer_scored(layer.name, local_score, mask)
+            self._report_scores(layer, score if len(score) == len(mask) else score[part], mask)
         for i, layer in enumerate(layers):
             with prefix_errors(layer):
-                yield self._refine(
-                    layer, weights[i], masks[i], statistics[i], orders[i], rows[i], start
-                )
+                # refiners see some rows; relative importance needs the sums over all of them
+                whole = replace(statistics[i], column_sum=column_sum(weights[i]))
+                dense = weights[i][rows[i]]
+                yield self._refine(layer, dense, masks[i], whole, orders[i], rows[i], start)
             start = time.perf_counter()
+
+    def _is_by_rows(self, layer: Layer) -> bool:
+        """Return whether a layer can be pruned a few rows at a time."""
+        method = self.plan.method
+        # not with a Gram matrix, of which every step would make a copy in the dtype of the weight
+        is_cheap = method.solver is None and "gram" not in method.needs
+        return is_cheap and method.score.by_rows and self.plan.is_rowwise(layer)
+
+    def _prune_by_rows(
+        self, layer: Layer, weight: Tensor, statistics: Statistics, start: float
+    ) -> RowSlice:
+        """Prune this rank's rows of a layer, a few at a time."""
+        rows = self.communicator.row_slice(len(weight))
+        statistics = replace(statistics, column_sum=column_sum(weight))
+        pattern = self.plan.patterns[layer.name]
+        observed: list[tuple[Tensor, Tensor]] = []
+        parts: list[RowSlice] = []
+        for stored in row_chunks(weight[rows]):
+            part = at_least_float32(stored)
+            score = scores_of(self.plan, part, statistics)
+            mask = without_zeros(pattern.mask(score), score)
+            if self._scores_are_observed:
+                observed.append((score, mask))
+            parts.append(self._refine(layer, part, mask, statistics, None, rows, start))
+        if observed:
+            scores, masks = zip(*observed, strict=True)
+            self._report_scores(layer, torch.cat(scores), torch.cat(masks))
+        updated = [part.weight for part in parts if part.weight is not None]
+        return RowSlice(
+            rows,
+            torch.cat([part.mask for part in parts]),
+            torch.cat(updated) if updated else None,
+            None,
+            torch.stack([part.sums for part in parts]).sum(0),
+            time.perf_counter() - start,
+        )
+
+    @property
+    def _scores_are_observed(self) -> bool:
+        default = PruningHooks.on_layer_scored
+        return any(type(hook).on_layer_scored is not default for hook in self.hooks)
+
+    def _report_scores(self, layer: Layer, scores: Tensor, mask: Tensor) -> None:
+        for hook in self.hooks:
+            hook.on_layer_scored(layer.name, scores, mask)
 
     def _solve(
         self, layer: Layer, weight: Tensor, statistics: Statistics, start: float
@@ -106,7 +155,7 @@ class RowPruner:
         mask, solved = dense != 0, dense
         if len(dense):
             solved, mask = solver(dense, statistics, pattern)
-        sums = _error_sums(dense, mask, mask, solved, statistics)
+        sums = error_sums(dense, mask, mask, solved, statistics)
         return RowSlice(rows, mask, solved, None, sums, time.perf_counter() - start)
 
     def _refine(
@@ -121,10 +170,6 @@ class RowPruner:
     ) -> RowSlice:
         """Refine the initial mask of some rows of a layer, and update their weights."""
         refiners = self.plan.refiners.get(layer.name, [])
-        if refiners:
-            # refiners see some rows only; relative importance needs the sums over all of them
-            statistics = replace(statistics, column_sum=weight.abs().sum(0))
-        weight = weight[rows]
         if order is not None:
             weight, statistics = weight[:, order], statistics.permuted(order)
         window = self.plan.patterns[layer.name].swap_window() if refiners else None
@@ -133,35 +178,9 @@ class RowPruner:
             refined = refiner(weight, refined, statistics, window)
         if update is not None:
             updated = update(weight, refined, statistics) if len(weight) else weight
-        sums = _error_sums(weight, mask, refined, updated, statistics)
+        sums = error_sums(weight, mask, refined, updated, statistics)
         seconds = time.perf_counter() - start
         return RowSlice(rows, refined, updated, order, sums, seconds)
-
-
-def _error_sums(
-    weight: Tensor, mask: Tensor, refined: Tensor, updated: Tensor | None, statistics: Statistics
-) -> Tensor:
-    """Return sums over rows, to be added up over ranks.
-
-    Returns:
-        Float64 vector: squared output; squared errors by the initial mask, after refining, after
-        the update; swaps.
-    """
-    swaps = (refined & ~mask).sum(dtype=torch.float64)
-    sums = [torch.zeros_like(swaps)] * (NUM_SUMS - 1)
-    if statistics.input is not None:
-        sums[0] = _total_error(weight, statistics)
-        sums[1] = sums[2] = _total_error(weight * as_number(~mask, weight.dtype), statistics)
-        if refined is not mask:
-            removed = weight * as_number(~refined, weight.dtype)
-            sums[2] = _total_error(removed, statistics)
-        if updated is not None:
-            sums[3] = _total_error(weight - updated, statistics)
-    return torch.stack([*sums, swaps]).cpu()  # at once: a GPU waits for each copy to the host
-
-
-def _total_error(delta: Tensor, statistics: Statistics) -> Tensor:
-    return statistics.squared_error(delta).sum().double()
 
 
 def compute_scores(
@@ -190,15 +209,22 @@ def compute_scores(
     for layer, weight, stats, part in zip(layers, weights, statistics, rows, strict=True):
         with prefix_errors(layer):
             selected = part if plan.is_rowwise(layer) else slice(None)
-            # scored whole, then sliced: relative importance needs the sums over all rows
-            score = plan.method.score(weight, stats)
-            if score.shape != weight.shape:
-                raise ValueError(
-                    f"{type(plan.method.score).__name__} returned scores of shape "
-                    f"{tuple(score.shape)} for a weight of shape {tuple(weight.shape)}"
-                )
-            scores.append(_zeros_first(score[selected], weight[selected]))
+            # scored whole, then sliced: the score of a row may depend on the others
+            scores.append(scores_of(plan, weight, stats, selected))
     return scores
+
+
+def scores_of(
+    plan: PruningPlan, weight: Tensor, statistics: Statistics, rows: slice = slice(None)
+) -> Tensor:
+    """Return the scores of some rows, −∞ where the weight is zero."""
+    score = plan.method.score(weight, statistics)
+    if score.shape != weight.shape:
+        raise ValueError(
+            f"{type(plan.method.score).__name__} returned scores of shape {tuple(score.shape)} for "
+            f"a weight of shape {tuple(weight.shape)}"
+        )
+    return _zeros_first(score[rows], weight[rows])
 
 
 def _zeros_first(score: Tensor, weight: Tensor) -> Tensor:
@@ -229,7 +255,7 @@ def initial_masks(
     pattern = plan.patterns[layers[0].name]
     if plan.is_rowwise(layers[0]):  # the scores are of these rows only
         return [
-            _without_zeros(plan.patterns[layer.name].mask(score), score)
+            without_zeros(plan.patterns[layer.name].mask(score), score)
             for layer, score in zip(layers, scores, strict=True)
         ]
     if len(layers) == 1:
@@ -240,12 +266,12 @@ def initial_masks(
         parts = torch.split(kept, [score.numel() for score in scores])
         masks = [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
     return [
-        _without_zeros(mask, score)[part]
+        without_zeros(mask, score)[part]
         for mask, score, part in zip(masks, scores, rows, strict=True)
     ]
 
 
-def _without_zeros(mask: Tensor, score: Tensor) -> Tensor:
+def without_zeros(mask: Tensor, score: Tensor) -> Tensor:
     """Return a mask that prunes what is zero already."""
     if not len(score) or bool(score.amin() > -torch.inf):
         return mask

@@ -21,13 +21,14 @@ from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer, distinct_parameters
 from symprune_lightning.engine.layers.changes import LayerChange
-from symprune_lightning.engine.masking import NUM_SUMS, RowPruner, RowSlice
+from symprune_lightning.engine.masking import RowPruner, RowSlice
 from symprune_lightning.engine.plan import PruningPlan
 from symprune_lightning.engine.reconstruction import BlockReconstructor
 from symprune_lightning.engine.result import LayerRecord, LayerReport, PruneResult
+from symprune_lightning.engine.row_sums import NUM_SUMS
 from symprune_lightning.engine.sensitivity import add_gradient
 from symprune_lightning.errors import PruningError, PruningWarning
-from symprune_lightning.functional.masks import as_number
+from symprune_lightning.functional.masks import as_number, row_chunks
 from symprune_lightning.functional.statistics import Statistics
 
 
@@ -246,7 +247,7 @@ class PruningRun:
     def _compute_and_finish(
         self, layers: Sequence[Layer], rows: RowPruner, statistics: Sequence[Statistics]
     ) -> None:
-        weights = [layer.matrix() for layer in layers]
+        weights = [layer.stored_matrix() for layer in layers]
         trained = [self._is_trained(*pair) for pair in zip(layers, weights, strict=True)]
         layers, statistics = list(compress(layers, trained)), list(compress(statistics, trained))
         weights = list(compress(weights, trained))
@@ -346,12 +347,19 @@ def _check_zeros(layer: Layer, mask: Tensor) -> None:
     if is_dtensor(layer.parameter):  # reading it would be a collective
         return
     weight = layer.view(layer.parameter.detach())
-    removed = weight * as_number(~mask, weight.dtype)
-    if any(removed.aminmax()) and bool(weight.masked_fill(mask, 0).any()):  # the first is faster
+    parts = zip(row_chunks(weight), row_chunks(mask), strict=True)
+    if any(_is_left(weight, kept) for weight, kept in parts):
         raise ValueError(
             f"layer {layer.name} is not zero where its mask prunes: the model does not store what "
             f"is written to its weight (a view that copies, or a tensor that ignores writes)"
         )
+
+
+def _is_left(weight: Tensor, kept: Tensor) -> bool:
+    """Return whether a pruned weight is not zero."""
+    # the product is faster, but not a number where a kept weight is infinite
+    removed = weight * as_number(~kept, weight.dtype)
+    return any(removed.aminmax()) and bool(weight.masked_fill(kept, 0).any())
 
 
 def _warn_about(names: Sequence[str], message: str) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+WEIGHTS_AT_ONCE = 2**20
+"""Number of weights that `row_chunks` yields together."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -35,3 +40,21 @@ def zero_(x: Tensor, pruned: Tensor) -> None:
     # A product of integers with the same bits: `masked_fill_` takes twenty times as long on a CPU,
     # and a product of floats would be −0 for negative values and NaN for infinite ones.
     x.view(_BITS[x.element_size()]).mul_((~pruned).view(torch.uint8))
+
+
+def row_chunks(x: Tensor) -> Iterator[Tensor]:
+    """Yield views of some rows at a time, with at most 2²⁰ values or one row.
+
+    For arithmetic with temporary tensors on large layers: those of this size stay in the cache, and
+    larger ones take ten times as long per value.
+
+    Args:
+        x: ``(rows, columns)``; one chunk if it has no rows.
+
+    Examples:
+        >>> [len(chunk) for chunk in row_chunks(torch.zeros(3, 2**19))]
+        [2, 1]
+    """
+    size = max(1, WEIGHTS_AT_ONCE // max(1, x.shape[1]))
+    for start in range(0, max(1, len(x)), size):
+        yield x[start : start + size]

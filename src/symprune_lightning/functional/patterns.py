@@ -9,17 +9,12 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
-
-WEIGHTS_PER_THREAD = 2**16
-"""Number of weights from which another thread shortens their selection."""
 
 Group = Literal["output", "input", "layer", "block", "model"]
 """Comparison group: the weights of one output channel, of one input channel, of one layer, of all
@@ -258,9 +253,9 @@ def keep_highest(score: Tensor, pruned: int) -> Tensor:
     """
     if pruned == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = _kth_lowest(score, pruned)
+    threshold = score.kthvalue(pruned, dim=1, keepdim=True).values
     kept = score > threshold
-    # Selection is several times faster than a stable sort, but a threshold that occurs more than
+    # `kthvalue` is several times faster than a stable sort, but a threshold that occurs more than
     # once leaves too few weights: in those rows, keep the last of the equal scores.
     missing = score.shape[1] - pruned - kept.count_nonzero(1)
     tied = missing.nonzero()[:, 0]
@@ -269,18 +264,3 @@ def keep_highest(score: Tensor, pruned: int) -> Tensor:
         from_the_end = equal.flip(1).cumsum(1, dtype=torch.int32).flip(1)
         kept[tied] |= equal & (from_the_end <= missing[tied, None])
     return kept
-
-
-def _kth_lowest(x: Tensor, k: int) -> Tensor:
-    """Return the k-th lowest value of each row, ``(rows, 1)``."""
-    if x.device.type != "cpu":
-        return x.kthvalue(k, dim=1, keepdim=True).values
-    # numpy's selection uses vector instructions, but one thread: three times as fast as torch's
-    threads = min(torch.get_num_threads(), len(x), 1 + x.numel() // WEIGHTS_PER_THREAD)
-    with ThreadPoolExecutor(threads) as pool:
-        parts = pool.map(lambda part: _partitioned(part, k), x.chunk(threads))
-        return torch.cat(list(parts))
-
-
-def _partitioned(x: Tensor, k: int) -> Tensor:
-    return torch.from_numpy(np.partition(x.numpy(), k - 1, axis=1)[:, k - 1 : k].copy())

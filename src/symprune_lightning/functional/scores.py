@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,16 +31,28 @@ class Score(ABC):
     """Name of a score that differs from this one only by a factor per row, if there is one: where
     weights of one row compete, both give the same mask."""
 
+    by_rows: ClassVar[bool] = False
+    """Whether the scores of a row depend on that row and the statistics only. Large layers are then
+    scored a few rows at a time, which takes less memory and time. A subclass that overrides
+    ``__call__`` has to declare it again."""
+
     reference_url: ClassVar[str] = ""
     """Address of the paper, empty without one."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__call__" in vars(cls) and "by_rows" not in vars(cls):
+            cls.by_rows = False
 
     @abstractmethod
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """Score every weight.
 
         Args:
-            weight: ``W``, ``(out_features, in_features)``, float32 or float64. Not modified.
-            statistics: Statistics of the layer, with everything in ``needs``.
+            weight: ``W``, ``(out_features, in_features)``, float32 or float64; some of its rows if
+                ``by_rows`` is True. Not modified.
+            statistics: Statistics of the layer, with everything in ``needs``, and ``column_sum``
+                if ``by_rows`` is True.
 
         Returns:
             ``S``, same shape and dtype, finite and at least 0.
@@ -56,6 +68,7 @@ class Magnitude(Score):
         [[2.0, 1.0]]
     """
 
+    by_rows: ClassVar[bool] = True
     reference_url: ClassVar[str] = "https://arxiv.org/abs/1506.02626"
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
@@ -77,6 +90,7 @@ class Wanda(Score):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"input"})
+    by_rows: ClassVar[bool] = True
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2306.11695"
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
@@ -96,11 +110,12 @@ class RI(Score):
         [[1.5, 0.75], [0.0, 1.75]]
     """
 
+    by_rows: ClassVar[bool] = True
     reference_url: ClassVar[str] = "https://openreview.net/forum?id=Tr0lPx9woF"
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """See `Score`."""
-        return relative_importance(weight)
+        return relative_importance(weight, column_norm=statistics.column_sum)
 
 
 @dataclass(frozen=True)
@@ -120,12 +135,14 @@ class RIA(Score):
 
     alpha: float = 0.5
     needs: ClassVar[frozenset[Need]] = frozenset({"input"})
+    by_rows: ClassVar[bool] = True
     reference_url: ClassVar[str] = "https://openreview.net/forum?id=Tr0lPx9woF"
 
     def __call__(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """See `Score`."""
         norm = statistics.input_moments.norm.to(weight.dtype)
-        return relative_importance(weight) * norm.pow(self.alpha)
+        relative = relative_importance(weight, column_norm=statistics.column_sum)
+        return relative * norm.pow(self.alpha)
 
 
 @dataclass(frozen=True)

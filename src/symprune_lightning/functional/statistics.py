@@ -107,7 +107,8 @@ class Statistics:
         output_gradient: ``F_q = E[(∂L/∂y_q)²]`` of the dense model's loss, per token, for each
             output channel, ``(out_features,)``, float64. Takes a backward pass.
         column_sum: ``L1col_r = Σ_q |W[q,r]|`` over all rows of the dense layer, ``(in_features,)``,
-            for refiners that receive a subset of its rows; ``None`` if they receive all.
+            for scores and refiners that receive a subset of its rows; ``None`` if they receive
+            all.
     """
 
     layer: str = ""

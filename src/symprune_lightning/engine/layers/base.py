@@ -17,7 +17,7 @@ from symprune_lightning.engine.distributed.dtensor import (
     local_tensor,
     shard_like,
 )
-from symprune_lightning.functional.masks import zero_
+from symprune_lightning.functional.masks import row_chunks, zero_
 from symprune_lightning.functional.statistics import at_least_float32
 
 
@@ -80,7 +80,11 @@ class Layer:
         A view, unless the parameter is a DTensor or in half precision. Gathers DTensors: every rank
         must call this.
         """
-        return at_least_float32(self.view(full_tensor(self.parameter.detach())))
+        return at_least_float32(self.stored_matrix())
+
+    def stored_matrix(self) -> Tensor:
+        """Return the full ``W`` in the dtype of the parameter; see `matrix`."""
+        return self.view(full_tensor(self.parameter.detach()))
 
     def zero_mask(self, mask: Tensor) -> Tensor:
         """Return where the stored parameter is pruned, on this rank's shard.
@@ -107,7 +111,10 @@ class Layer:
         if is_dtensor(parameter) or not self._is_view(parameter):
             zero_(local_tensor(parameter), self.zero_mask(mask))
         else:
-            zero_(self.view(parameter), ~mask)
+            for weight, kept in zip(
+                row_chunks(self.view(parameter)), row_chunks(mask), strict=True
+            ):
+                zero_(weight, ~kept)
 
     @torch.no_grad()
     def copy_(self, weight: Tensor) -> None:
