@@ -24,7 +24,7 @@ from symprune_lightning.checkpoints.masks import FOLDER, save_masks
 from symprune_lightning.checkpoints.pretrained import resolve_source
 from symprune_lightning.checkpoints.weight_files import (
     INDEX,
-    read_tensors,
+    copy_tensor,
     sample_hash,
     weight_files,
 )
@@ -158,7 +158,10 @@ class StreamedCheckpoint(WeightPlacement):
         self._pruned.clear()
         for module in self._outside:
             if module is not self._skipped_head:
-                self._load(module, self._names[module], recurse=False)
+                # Of embeddings, only the rows of the calibration tokens are read if the file stays
+                # mapped into memory. A weight that is pruned is changed in place.
+                is_changed = module in self._layers_of
+                self._load(module, self._names[module], recurse=False, copy=is_changed)
 
     def record_change(self, module: nn.Module, change: Callable[[], None]) -> None:
         """Record which layers are pruned; layers of zeros are left alone."""
@@ -167,7 +170,7 @@ class StreamedCheckpoint(WeightPlacement):
 
     def load_block(self, block: nn.Module) -> None:
         """Read a block."""
-        self._load(block, self._names[block], recurse=True)
+        self._load(block, self._names[block], recurse=True, copy=True)
 
     def unload_block(self, block: nn.Module) -> None:
         """Write a block and free its weights."""
@@ -196,7 +199,8 @@ class StreamedCheckpoint(WeightPlacement):
         # one at a time: embeddings are the largest tensors of a model
         for name in [name for name in self._files if name not in self._written]:
             number += 1
-            self._write_tensors(number, dict(read_tensors(self._source, self._files, [name])))
+            copy_tensor(self._source / self._files[name], name, self._folder / _file_name(number))
+            self._written[name] = _file_name(number)
 
     def save(self, manifest: Mapping[str, Any]) -> None:
         """Write index, configuration and manifest; the folder is then complete.
@@ -219,8 +223,8 @@ class StreamedCheckpoint(WeightPlacement):
         write_manifest(self._folder, {**manifest, **stored_tensors(self.model, pruned)})
         self._saved = True
 
-    def _load(self, module: nn.Module, name: str, *, recurse: bool) -> None:
-        """Load a module's parameters and persistent buffers."""
+    def _load(self, module: nn.Module, name: str, *, recurse: bool, copy: bool) -> None:
+        """Load a module's parameters and persistent buffers; without a copy, views of the files."""
         prefix = f"{name}." if name else ""
         own = [key for key, _ in module.named_parameters(recurse=recurse, remove_duplicate=False)]
         own += [key for key, _ in module.named_buffers(recurse=recurse)]
@@ -228,8 +232,7 @@ class StreamedCheckpoint(WeightPlacement):
         for full, tensor in self._conversion.read(wanted):
             path, _, key = wanted[full].rpartition(".")
             owner = module.get_submodule(path)
-            # a copy: a view would keep the file mapped into memory
-            value = tensor.to(self._device, copy=True)
+            value = tensor.to(self._device, copy=copy)
             if key in owner._parameters:
                 owner._parameters[key] = nn.Parameter(value, requires_grad=False)
             else:
@@ -244,7 +247,7 @@ class StreamedCheckpoint(WeightPlacement):
     def _write_tensors(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a file of tensors by their names in the source."""
         if tensors:
-            file = f"model-{number:05}.safetensors"
+            file = _file_name(number)
             save_file(dict(tensors), self._folder / file, metadata={"format": "pt"})
             self._written |= dict.fromkeys(tensors, file)
 
@@ -253,7 +256,7 @@ class StreamedCheckpoint(WeightPlacement):
         masks = PackedMasks()
         for module in modules:
             for layer in self._layers_of.get(module, ()):
-                if layer.name in self._pruned and not (mask := layer.matrix() != 0).all():
+                if layer.name in self._pruned and not (mask := layer.stored_matrix() != 0).all():
                     masks.add(layer.name, mask)
         if masks:
             save_masks(self._folder / FOLDER / f"masks-{number:05}.safetensors", masks)
@@ -268,6 +271,10 @@ class StreamedCheckpoint(WeightPlacement):
                         f"{self._names[block]}.{key} of {type(self.model).__name__} is shared by "
                         f"several blocks: load the full model instead of streaming it"
                     )
+
+
+def _file_name(number: int) -> str:
+    return f"model-{number:05}.safetensors"
 
 
 def _source_folder(source: str | Path) -> Path:

@@ -15,6 +15,9 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+BYTES_AT_ONCE = 2**24
+"""Number of bytes that `copy_tensor` reads at once."""
+
 
 def weight_files(folder: Path) -> dict[str, str]:
     """Map tensor names to files.
@@ -51,6 +54,32 @@ def open_weights(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is damaged or truncated: {error}") from error
     with opened:
         yield opened
+
+
+def copy_tensor(source: Path, name: str, target: Path) -> None:
+    """Copy one tensor to a file of its own, without loading it into memory.
+
+    Args:
+        source: A safetensors file.
+        name: A tensor in it.
+        target: The file to write.
+
+    Raises:
+        ValueError: The source is damaged or truncated.
+    """
+    with open_weights(source):
+        pass  # checks that the file has the length that its header says
+    with source.open("rb") as opened, target.open("wb") as written:
+        size = int.from_bytes(opened.read(8), "little")
+        entry = json.loads(opened.read(size))[name]
+        start, end = entry["data_offsets"]
+        entry["data_offsets"] = [0, end - start]
+        header = json.dumps({"__metadata__": {"format": "pt"}, name: entry}).encode()
+        header += b" " * (-len(header) % 8)  # the data of a file is aligned
+        written.write(len(header).to_bytes(8, "little") + header)
+        opened.seek(8 + size + start)
+        for position in range(start, end, BYTES_AT_ONCE):
+            written.write(opened.read(min(BYTES_AT_ONCE, end - position)))
 
 
 def check_inside(files: Mapping[str, str]) -> None:
