@@ -103,6 +103,20 @@ def test_hooks_of_validate():
     assert_records_the_run(recorder, layers, callback.result)
 
 
+def test_an_earlier_checkpoint_is_named_before_it_is_replaced(tmp_path, caplog):
+    for run in (1, 2):
+        caplog.clear()
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            quiet_trainer().prune(
+                language_module(),
+                datamodule=text_data(),
+                output=str(tmp_path / "out"),
+                callbacks=SymPrune(),
+            )
+        named = f"the checkpoint {tmp_path / 'out'} is replaced when the run is complete"
+        assert (named in caplog.text) == (run == 2)
+
+
 def test_hooks_of_prune(tmp_path):
     callback, recorder, model = SymPrune(refine="exactswap"), HookRecorder(), language_module()
     result = quiet_trainer().prune(

@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel
 
 from symprune_lightning.callbacks.distillation import Distillation, find_distillation
@@ -34,7 +35,7 @@ from symprune_lightning.checkpoints.export import (
     name_unfinished,
     save_checkpoint,
 )
-from symprune_lightning.checkpoints.manifest import build_manifest
+from symprune_lightning.checkpoints.manifest import MANIFEST, build_manifest
 from symprune_lightning.checkpoints.masks import hash_masks
 from symprune_lightning.checkpoints.pretrained import local_folder
 from symprune_lightning.checkpoints.streaming import StreamedCheckpoint
@@ -223,7 +224,10 @@ class Trainer(pl.Trainer):
         if distillation is not None:
             distillation.check_data(self, datamodule)
         if output is not None:
-            name_unfinished(check_destination(output, _checkpoint_size(model)))
+            path = check_destination(output, _checkpoint_size(model))
+            name_unfinished(path)
+            if (path / MANIFEST).is_file():
+                rank_zero_info(f"the checkpoint {path} is replaced when the run is complete")
             if not isinstance(model, TransformersModule) or model.model is not None:
                 _transformers_model(model)
         with (

@@ -54,6 +54,13 @@ def test_the_metadata_can_be_parsed():
     assert "pruned" in data.tags
 
 
+def test_a_model_that_was_sparse_before_is_named():
+    assert "50.0 % of the weights of these layers were zero before pruning" in model_card(
+        {"sparsity": 0.6, "initial_sparsity": 0.5}
+    )
+    assert "before pruning" not in model_card({"sparsity": 0.6, "initial_sparsity": 0.001})
+
+
 def test_an_empty_manifest():
     card = model_card({})
     assert "# Pruned model" in card

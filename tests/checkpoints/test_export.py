@@ -48,6 +48,12 @@ def test_an_earlier_checkpoint_is_replaced(tmp_path):
     assert not hidden_files(tmp_path)
 
 
+def test_a_tokenizer_that_cannot_be_saved_is_refused_before_writing(tmp_path):
+    with pytest.raises(TypeError, match=r"the tokenizer is a str; pass a tokenizer or processor"):
+        save_checkpoint(tmp_path / "out", build("llama"), "name", {}, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(FileExistsError, match=rf"has no {MANIFEST}\): choose a new folder"):

@@ -30,6 +30,13 @@ def test_masks_are_loaded_as_they_were_saved(tmp_path_factory, shapes):
     assert all(torch.equal(loaded[name], mask) for name, mask in masks.items())
 
 
+def test_equal_masks_give_equal_files(tmp_path):
+    masks = {f"layer.{i}": torch.rand(3, i + 1) > 0.5 for i in range(20)}
+    for number in range(5):
+        save_masks(tmp_path / f"{number}.safetensors", masks)
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(5)}) == 1
+
+
 def test_files_take_one_bit_per_weight(tmp_path):
     save_masks(tmp_path / "masks.safetensors", {"a": torch.rand(256, 1024) > 0.5})
     assert (tmp_path / "masks.safetensors").stat().st_size < 256 * 1024 / 8 + 400

@@ -140,3 +140,7 @@ def test_prune_names_one_source_and_no_output(project, symprune, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"checkpoint: {project / 'out'}"
     assert not lines[-2].startswith("note")
+    symprune("prune", "--config", "ria", *options, "--model.pretrained", project / "out")
+    note = capsys.readouterr().out.splitlines()[-2]
+    assert note.startswith("note: 50.0 % of the weights of these layers were zero before pruning")
+    assert note.endswith("no further weight was pruned.")

@@ -328,6 +328,20 @@ def test_tensor_passed_as_batches():
         prune_model(mlp(), torch.randn(4, 16))
 
 
+def test_a_model_that_is_sparse_already():
+    model = build("llama")
+    first = prune_model(model, batches(), score="wanda", sparsity=0.5)
+    assert first.initial_sparsity == 0
+    assert first.sparse_start == ""
+    again = prune_model(model, batches(), score="wanda", sparsity=0.5)
+    assert again.initial_sparsity == pytest.approx(first.sparsity)
+    assert "50.0 % of the weights" in again.sparse_start
+    assert "no further weight was pruned" in again.sparse_start
+    more = prune_model(model, batches(), score="wanda", sparsity=0.75)
+    assert [x.initial_sparsity for x in more.layers] == [x.sparsity for x in first.layers]
+    assert "no further" not in more.sparse_start
+
+
 @pytest.mark.parametrize("score", ["wanda", "magnitude"])
 @pytest.mark.parametrize("group", ["output", "layer"])
 def test_a_layer_of_zeros_is_left_alone(score, group):

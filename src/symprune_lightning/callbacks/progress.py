@@ -191,7 +191,7 @@ def summary(
         layers.add_row(layer_type, *_cells(reports))
     layers.add_section()
     layers.add_row("all", *_cells(result.layers))
-    layers.caption = _describe_coverage(result)
+    layers.caption = "\n".join(filter(None, [_describe_coverage(result), result.sparse_start]))
     if not sparse:
         return [layers]
     metrics = Table(title="Evaluation")

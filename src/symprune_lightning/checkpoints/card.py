@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.models.auto import modeling_auto as auto
 
 from symprune_lightning.checkpoints.pretrained import local_folder, resolve_source
+from symprune_lightning.engine.result import describe_sparse_start
 
 PIPELINES = (
     (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "image-text-to-text"),
@@ -105,6 +106,7 @@ def _lines(name: str, manifest: Mapping[str, Any]) -> Iterator[str]:
         f"faster. Created with symprune-lightning: `sparsity_manifest.json` records all settings "
         f"and metrics, and `symprune/` contains the masks."
     )
+    yield from _sparse_start(manifest)
     yield from _coverage(manifest.get("coverage") or {})
     method, data = shown_settings(manifest)
     yield from _table("Method", ("setting", "value"), method.items())
@@ -155,6 +157,14 @@ def _short(value: Any) -> Any:
         options = ", ".join(f"{k}={v!r}" for k, v in value.items() if k != "name")
         return f"{value['name']}({options})" if options else value["name"]
     return ", ".join(f"{k}: {_short(v)}" for k, v in value.items() if v is not None)
+
+
+def _sparse_start(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Lines that say that the model was sparse before."""
+    before, after = manifest.get("initial_sparsity", 0.0), manifest.get("sparsity") or 0.0
+    sentence = describe_sparse_start(before, after)
+    if sentence:
+        yield from ("", sentence)
 
 
 def _coverage(coverage: Mapping[str, Any]) -> Iterator[str]:

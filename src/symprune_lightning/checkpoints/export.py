@@ -119,9 +119,15 @@ def save_checkpoint(
         The folder's absolute path.
 
     Raises:
+        TypeError: The tokenizer cannot be saved.
         OSError: See ``check_destination``; or the disk is full, and nothing has changed.
     """
     path = check_destination(output)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(
+            f"the tokenizer is a {type(tokenizer).__name__}; pass a tokenizer or processor of "
+            f"transformers, such as AutoTokenizer.from_pretrained(...)"
+        )
     model, state = _plain(model, state)
     largest = _largest_file(str(manifest.get("model", "")))
     with atomic_directory(path) as tmp:

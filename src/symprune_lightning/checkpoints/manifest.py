@@ -51,6 +51,7 @@ def build_manifest(
         "data": None if datamodule is None else datamodule.settings,
         "distillation": None if distillation is None else dict(distillation),
         "sparsity": result.sparsity,
+        "initial_sparsity": result.initial_sparsity,
         "metrics": {"dense": dict(dense or {}), "pruned": dict(pruned or {})},
         "layers": [asdict(report) for report in result.layers],
         "blocks": [asdict(report) for report in result.blocks],

@@ -45,7 +45,7 @@ def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> None:
     packed_masks = masks if isinstance(masks, PackedMasks) else PackedMasks(masks)
     packed = {name: packed_masks.packed(name) for name in packed_masks}
     columns = {name: count for name, (_, count) in packed.items()}
-    metadata = {"format": "pt", "columns": json.dumps(columns)}
+    metadata = {"columns": json.dumps(columns)}  # the order of several keys would be random
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_file(path) as tmp:

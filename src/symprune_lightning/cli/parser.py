@@ -267,6 +267,8 @@ def _as_text(callback: PruningCallback) -> str:
     lines = [f"sparsity: {result.sparsity:.6f} over {len(result.layers)} layers"]
     for name, dense in callback.dense_metrics.items():
         lines.append(f"{name}: dense {dense:.4f}, pruned {callback.sparse_metrics[name]:.4f}")
+    if result.sparse_start:
+        lines.append(f"note: {result.sparse_start}")
     return "\n".join(lines)
 
 

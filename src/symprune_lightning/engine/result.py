@@ -10,6 +10,9 @@ from symprune_lightning.engine.layers.find import find_layers
 from symprune_lightning.functional.allocation import Allocation
 from symprune_lightning.functional.packing import PackedMasks
 
+NOTICEABLE_ZEROS = 0.01
+"""Fraction of zeros before pruning from which a model counts as sparse."""
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -27,6 +30,7 @@ class LayerReport:
         swaps: Number of weights that refiners exchanged.
         tokens: Number of calibration tokens that reached the layer.
         seconds: Time for scoring, masking, refining and updating.
+        initial_sparsity: Fraction of zeros before pruning.
     """
 
     name: str
@@ -39,6 +43,7 @@ class LayerReport:
     swaps: int
     tokens: int
     seconds: float
+    initial_sparsity: float = 0.0
 
     @property
     def num_weights(self) -> int:
@@ -215,3 +220,37 @@ class PruneResult:
         """Realised fraction of zeros over all pruned layers; 0 if there are none."""
         weights = sum(report.num_weights for report in self.layers)
         return sum(report.num_zeros for report in self.layers) / max(weights, 1)
+
+    @property
+    def initial_sparsity(self) -> float:
+        """Fraction of zeros in these layers before pruning; 0 if there are none."""
+        weights = sum(report.num_weights for report in self.layers)
+        zeros = sum(report.initial_sparsity * report.num_weights for report in self.layers)
+        return zeros / max(weights, 1)
+
+    @property
+    def sparse_start(self) -> str:
+        """A sentence that says that the model was sparse before; empty if it was dense."""
+        return describe_sparse_start(self.initial_sparsity, self.sparsity)
+
+
+def describe_sparse_start(before: float, after: float) -> str:
+    """Describe a model that was sparse before it was pruned; empty if it was dense.
+
+    Args:
+        before: Fraction of zeros in the pruned layers before pruning.
+        after: The same after pruning.
+
+    Examples:
+        >>> describe_sparse_start(0.0, 0.5)
+        ''
+        >>> describe_sparse_start(0.5, 0.5)[-44:]
+        'sparse model; no further weight was pruned.'
+    """
+    if before < NOTICEABLE_ZEROS:
+        return ""
+    text = (
+        f"{before:.1%} of the weights of these layers were zero before pruning, so that figures of "
+        f"the dense model are those of this sparse model"
+    ).replace("%", " %", 1)
+    return text + ("; no further weight was pruned." if after - before < 1e-4 else ".")

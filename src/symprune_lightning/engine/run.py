@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import compress
 
 import torch
@@ -248,9 +249,12 @@ class PruningRun:
         self, layers: Sequence[Layer], rows: RowPruner, statistics: Sequence[Statistics]
     ) -> None:
         weights = [layer.stored_matrix() for layer in layers]
-        trained = [self._is_trained(*pair) for pair in zip(layers, weights, strict=True)]
-        layers, statistics = list(compress(layers, trained)), list(compress(statistics, trained))
-        weights = list(compress(weights, trained))
+        nonzero = [int(weight.count_nonzero()) for weight in weights]
+        # a mask of zeros would be kept for ever
+        self.result.all_zero.extend(x.name for x in compress(layers, [not n for n in nonzero]))
+        layers, statistics = list(compress(layers, nonzero)), list(compress(statistics, nonzero))
+        weights = list(compress(weights, nonzero))
+        initial = [1 - n / w.numel() for n, w in zip(filter(None, nonzero), weights, strict=True)]
         if not layers:
             return
         slices: list[RowSlice] = []
@@ -261,15 +265,7 @@ class PruningRun:
             error = raised
         # `weights` may be views of the parameters, which _finish changes: not used below
         for i, layer in enumerate(layers):
-            self._finish(layer, None if error else slices[i], error, statistics[i])
-
-    def _is_trained(self, layer: Layer, weight: Tensor) -> bool:
-        """Return whether a layer has a weight to keep; a mask of zeros would be kept for ever."""
-        # the first row tells most layers apart, without a pass over all weights
-        if bool(weight[:1].any()) or bool(weight.any()):
-            return True
-        self.result.all_zero.append(layer.name)
-        return False
+            self._finish(layer, None if error else slices[i], error, statistics[i], initial[i])
 
     def _finish(
         self,
@@ -277,6 +273,7 @@ class PruningRun:
         part: RowSlice | None,
         error: Exception | None,
         statistics: Statistics,
+        initial_sparsity: float,
     ) -> None:
         """Gather the rows of all ranks, write the result into the model, and record it."""
         rows, columns = layer.shape
@@ -297,6 +294,7 @@ class PruningRun:
             mask = mask[:, inverse]
             weight = None if weight is None else weight[:, inverse]
         report = self._report(layer, mask, sums, weight is not None, statistics, part.seconds)
+        report = replace(report, initial_sparsity=initial_sparsity)
         record = LayerRecord(report, mask, weight, part.channel_order)
         self._commit(layer, record)
         if self.journal is not None:

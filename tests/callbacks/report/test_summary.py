@@ -79,6 +79,12 @@ def test_what_the_figures_do_not_show():
     assert tokens.startswith("1 of 2 layers were measured on fewer tokens than they have inputs")
 
 
+def test_a_model_that_was_sparse_before():
+    *_, sentence = outcome({"sparsity": 0.5, "initial_sparsity": 0.5})
+    assert sentence.startswith("50.0 % of the weights of these layers were zero before pruning")
+    assert sentence.endswith("no further weight was pruned.")
+
+
 def test_nothing_was_evaluated():
     (sentence,) = outcome({"metrics": {"dense": {}, "pruned": {"val_perplexity": 3.0}}})
     assert "was not measured" in sentence

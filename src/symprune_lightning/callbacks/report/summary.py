@@ -7,6 +7,7 @@ from typing import Any
 
 from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source, shown_settings
 from symprune_lightning.data.self_text import SELF
+from symprune_lightning.engine.result import describe_sparse_start
 
 PERPLEXITY = "val_perplexity"
 
@@ -69,6 +70,9 @@ def outcome(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: {ratio:.2f} × that of the dense model ({dense:.2f} → {pruned:.2f})"
     if not ratios:
         yield "The perplexity of the dense or the pruned model was not measured."
+    before, after = manifest.get("initial_sparsity", 0.0), manifest.get("sparsity") or 0.0
+    if sentence := describe_sparse_start(before, after):
+        yield sentence
 
 
 def ratios_of(manifest: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
