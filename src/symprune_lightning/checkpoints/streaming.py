@@ -242,10 +242,7 @@ class StreamedCheckpoint(WeightPlacement):
         """Write a file of the output."""
         converted = self._conversion.revert({n: t.detach().cpu() for n, t in state.items()})
         tensors = {name: tensor.contiguous() for name, tensor in converted.items()}
-        self._write_tensors(number, tensors)
 
-    def _write_tensors(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a file of tensors by their names in the source."""
         if tensors:
             file = _file_name(number)
             save_file(dict(tensors), self._folder / file, metadata={"format": "pt"})

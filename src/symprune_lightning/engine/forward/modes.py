@@ -78,7 +78,7 @@ class TorchModes:
     """The modes of the moment at which it is created."""
 
     def __init__(self) -> None:
-        self._values = [_read(get) for get, _ in MODES]
+        self._values = _read_all()
         self._device = _default_device()
         self._function_modes = _function_modes()
         self._dispatch_modes = list(dispatch._get_current_dispatch_mode_stack())
@@ -96,8 +96,10 @@ class TorchModes:
         )
         if _default_device() is not self._device:
             torch._GLOBAL_DEVICE_CONTEXT.device_context = self._device
+        if _read_all() == self._values:
+            return
         for (get, set_mode), value in zip(MODES, self._values, strict=True):
-            if value is not None and _read(get) != value:
+            if value is not None and _read(get) != value:  # setting one may have changed another
                 set_mode(value)
 
 
@@ -114,6 +116,13 @@ def isolated_modes() -> Iterator[None]:
             yield
         finally:
             modes.restore()
+
+
+def _read_all() -> list[Any]:
+    try:
+        return [get() for get, _ in MODES]
+    except RuntimeError:
+        return [_read(get) for get, _ in MODES]
 
 
 def _read(get: Callable[[], Any]) -> Any:
