@@ -244,7 +244,7 @@ def describe_sparse_start(before: float, after: float) -> str:
     Examples:
         >>> describe_sparse_start(0.0, 0.5)
         ''
-        >>> describe_sparse_start(0.5, 0.5)[-44:]
+        >>> describe_sparse_start(0.5, 0.5)[-43:]
         'sparse model; no further weight was pruned.'
     """
     if before < NOTICEABLE_ZEROS:
