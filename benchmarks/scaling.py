@@ -20,10 +20,13 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
+from cost import forward
 from symprune_lightning import CalibrationDataModule, Communicator, ExactSwap, prune_model
 from symprune_lightning.checkpoints.pretrained import load_model
 from tables import median_and_range, section
 
+FORWARD = "forward"
+"""Plain forwards of each process's share of the batches: a bound on what pruning can gain."""
 METHODS: dict[str, dict[str, Any]] = {
     "RIA": {"score": "ria"},
     "RIA + ExactSwap": {"score": "ria", "refine": ExactSwap()},
@@ -46,14 +49,19 @@ def work(rank: int, size: int, folder: str, options: argparse.Namespace) -> None
     )
     batches = list(data.calibration_dataloader())
     dense = {name: value.clone() for name, value in model.state_dict().items()}
+    communicator = Communicator.from_default_group()
+    share = list(communicator.shard(batches))
+    forward(model, share[:1])
     times = {}
-    for name in options.methods:
-        method = METHODS[name]
+    for name in (FORWARD, *options.methods):
         model.load_state_dict(dense)
         distributed.barrier()
         start = time.perf_counter()
-        communicator = Communicator.from_default_group()
-        prune_model(model, communicator.shard(batches), communicator=communicator, **method)
+        if name == FORWARD:
+            forward(model.base_model, share)
+            distributed.barrier()
+        else:
+            prune_model(model, share, communicator=communicator, **METHODS[name])
         times[name] = time.perf_counter() - start
     if rank == 0:
         (Path(folder) / "times.json").write_text(json.dumps(times))
@@ -79,9 +87,11 @@ def main() -> None:
     section(
         "Processes",
         f"`benchmarks/scaling.py`: SmolLM2-135M-Instruct, {options.sequences} × {options.length} "
-        f"tokens, float32, one thread per process, gloo; {options.rounds} round(s).",
+        f"tokens, float32, one thread per process, gloo; medians of {options.rounds} round(s). "
+        f"*Forward* is the forward of each process's share without the output projection: what "
+        f"two processes gain on this machine before any pruning.",
         ("method", "1 process, s", "2 processes, s", "× faster", "range"),
-        [row(name, runs) for name in options.methods],
+        [row(name, runs) for name in (FORWARD, *options.methods)],
     )
 
 
