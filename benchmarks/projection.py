@@ -16,6 +16,7 @@ RIA, order ``layer``, with FSDP2 (one GPU: in memory), per rank of n:
               + 2 · block                                         one unsharded block
               + tokens / n · 2 · (2 · hidden + intermediate)      the suspended batches
               + 4 · 5 · 2²⁰                                       float32 copies of some rows
+    host      weights / 8                                         masks of the result, on each rank
     traffic   2 · weights · (n − 1) / n                           weights, gathered once
               + weights / 8 · (n − 1) / n                         masks, one bit each
               + 2 · 2 · 8 · inputs of the layers                  moments, float64, ring all-reduce
@@ -112,29 +113,32 @@ def rows() -> Iterator[list[str]]:
                 f"{seconds:.0f}" if fits else "–",
                 f"{memory / 1e9:.0f}" if fits else f"{memory / 1e9:.0f}: stream it",
                 f"{traffic / 1e9:.0f}",
+                f"{shape.layers * shape.block(shape.experts) / 8e9:.0f}",
             ]
 
 
 def checks() -> Iterator[list[str]]:
     """Yield measured and predicted costs of the growth table."""
-    lines = BENCHMARKS.read_text(encoding="utf-8").split("## Tokens, width and depth")[1]
+    lines = BENCHMARKS.read_text(encoding="utf-8").split("## Tokens, depth, width and experts")[1]
     cells = [line.strip("| ").split(" | ") for line in lines.split("##")[0].splitlines()]
     measured = [
-        (int(c[0].replace(",", "")), float(c[1].split()[0]) * 1e6, float(c[4]), float(c[5]))
+        (int(c[0].replace(",", "")), float(c[1].split()[0]) * 1e6, float(c[5]), float(c[7]))
         for c in cells
-        if len(c) > 5 and c[0].replace(",", "").isdigit()
+        if len(c) > 7 and c[0].replace(",", "").isdigit() and c[4] == "1"
     ]
     # the longest run, where the rounding of the table matters least
     _, weights, forward, ratio = max(measured, key=lambda row: row[2] * (row[3] - 1))
     per_weight = forward * (ratio - 1) / weights
     for tokens, weights, forward, ratio in measured:
         predicted = 1 + per_weight * weights / forward
+        overhead = f"{(predicted - 1) / (ratio - 1):.2f}" if ratio > 1 else "–"
         yield [
             f"{tokens:,}",
             f"{weights / 1e6:.0f} M",
             f"{ratio:.2f}",
             f"{predicted:.2f}",
             f"{predicted / ratio:.2f}",
+            overhead,
         ]
 
 
@@ -145,13 +149,27 @@ def main() -> None:
         f"formula in the script for {FLOPS / 1e12:.0f} TFLOP/s, {BANDWIDTH / 1e12:.0f} TB/s, "
         f"{NVLINK / 1e9:.0f} GB/s within and {NETWORK / 1e9:.0f} GB/s between machines of 8 GPUs. "
         f"Not measured.",
-        ("model", "GPUs", "seconds", "GB per GPU", "GB received per GPU"),
+        (
+            "model",
+            "GPUs",
+            "seconds",
+            "GB per GPU",
+            "GB received per GPU",
+            "GB of masks in the memory of each process",
+        ),
         rows(),
     )
     section(
         "Check",
         "The same formula with the time per weight of the longest run of the growth table.",
-        ("tokens", "weights", "measured, × forward", "predicted", "predicted / measured"),
+        (
+            "tokens",
+            "weights",
+            "measured, × forward",
+            "predicted",
+            "predicted / measured",
+            "of the part above 1",
+        ),
         checks(),
     )
 

@@ -16,6 +16,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from symprune_lightning.functional.selection import kth_lowest
+
 Group = Literal["output", "input", "layer", "block", "model"]
 """Comparison group: the weights of one output channel, of one input channel, of one layer, of all
 layers of a decoder block, or of all layers."""
@@ -253,10 +255,10 @@ def keep_highest(score: Tensor, pruned: int) -> Tensor:
     """
     if pruned == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = score.kthvalue(pruned, dim=1, keepdim=True).values
+    threshold = kth_lowest(score, pruned)
     kept = score > threshold
-    # `kthvalue` is several times faster than a stable sort, but a threshold that occurs more than
-    # once leaves too few weights: in those rows, keep the last of the equal scores.
+    # A threshold is several times faster than a stable sort, but one that occurs more than once
+    # leaves too few weights: in those rows, keep the last of the equal scores.
     missing = score.shape[1] - pruned - kept.count_nonzero(1)
     tied = missing.nonzero()[:, 0]
     if len(tied):

@@ -13,6 +13,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from symprune_lightning.functional.masks import row_chunks
+
 Need = Literal["input", "output", "sequence_variance", "gram", "output_gradient"]
 """A statistic that a method requires: a field of `Statistics` that the engine collects."""
 
@@ -54,17 +56,21 @@ class Moments:
     def of(cls, x: Tensor) -> Moments:
         """Compute the moments of activations.
 
-        Sums are computed in float32 or wider and returned as float64.
+        Sums over about 2²⁰ values are computed in float32 or wider, and added in float64.
 
         Args:
             x: Activations, ``(..., tokens, channels)``.
         """
-        flat = at_least_float32(x.reshape(-1, x.shape[-1]))
-        return cls(
-            tokens=torch.tensor(flat.shape[0], dtype=torch.float64, device=x.device),
-            total=flat.sum(0).double(),
-            total_square=flat.square().sum(0).double(),
-        )
+        flat = x.reshape(-1, x.shape[-1])
+        total = torch.zeros(flat.shape[1], dtype=torch.float64, device=x.device)
+        total_square = torch.zeros_like(total)
+        # without a float32 copy, or a square, of all activations
+        for rows in row_chunks(flat):
+            values = at_least_float32(rows)
+            total += values.sum(0)
+            total_square += values.square().sum(0)
+        tokens = torch.tensor(flat.shape[0], dtype=torch.float64, device=x.device)
+        return cls(tokens, total, total_square)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(

@@ -118,11 +118,12 @@ class DSnoT(MaskRefiner):
             # The reference code has no such test. Without it, a row without candidates would grow
             # kept weights, or prune from a group that has no kept weight left to prune.
             active &= (improvement[rows, grown] > 0) & score[rows, pruned].isfinite()
-            if not active.any():
+            mask[rows, grown] |= active
+            mask[rows, pruned] &= ~active
+            score[rows, pruned] = torch.where(active, torch.inf, score[rows, pruned])
+            # rarely, since a GPU waits for the answer
+            if cycle % 8 == 7 and not active.any():
                 break
-            mask[rows[active], grown[active]] = True
-            mask[rows[active], pruned[active]] = False
-            score[rows[active], pruned[active]] = torch.inf
             error = torch.where(active, after, error)
         return mask
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import linecache
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -65,11 +66,24 @@ def reads_weight(module: nn.Module, child: str) -> bool:
     return any(child in _read_children(cls) for cls in classes)
 
 
+_READ = re.compile(r"self\.(\w+)\.weight\b(?!\.\w)")
+
+
 @cache
 def _read_children(cls: type) -> frozenset[str]:
     """Return the names of children whose weights the code of a class reads."""
     try:
-        source = inspect.getsource(cls)
+        if not _is_read_in(inspect.getsourcefile(cls) or ""):
+            return frozenset()
+        return frozenset(_READ.findall(inspect.getsource(cls)))
     except (OSError, TypeError):  # built in, or defined interactively
         return frozenset()
-    return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.\w)", source))
+
+
+@cache
+def _is_read_in(file: str) -> bool:
+    """Return whether any class of a file may read such a weight.
+
+    For most files none does, and `inspect.getsource` parses the whole file for each class.
+    """
+    return _READ.search("".join(linecache.getlines(file))) is not None
