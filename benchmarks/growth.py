@@ -47,7 +47,7 @@ from transformers import (
 
 from symprune_lightning import prune_model
 from symprune_lightning.engine.layers.select import prunable_layers
-from symprune_lightning.functional.masks import WEIGHTS_AT_ONCE
+from symprune_lightning.functional.tensors import WEIGHTS_AT_ONCE
 from tables import log, section
 
 LENGTH = 512

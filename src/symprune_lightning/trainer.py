@@ -41,6 +41,7 @@ from symprune_lightning.checkpoints.pretrained import local_folder
 from symprune_lightning.checkpoints.streaming import StreamedCheckpoint
 from symprune_lightning.checkpoints.weight_files import weight_files
 from symprune_lightning.data.datamodule import CalibrationDataModule
+from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import hidden_sibling
 from symprune_lightning.engine.result import PruneResult
@@ -380,8 +381,10 @@ class Trainer(pl.Trainer):
         if isinstance(datamodule, CalibrationDataModule):
             tokenizer = datamodule.tokenizer
         state = full_state_dict(model)
+        Communicator.from_default_group().on_rank_zero(
+            lambda: save_checkpoint(output, model, tokenizer, manifest, result.masks, state)
+        )
         if self.is_global_zero:
-            save_checkpoint(output, model, tokenizer, manifest, result.masks, state)
             self._notify_saved(output, manifest)
 
     def _notify_saved(self, output: str, manifest: Mapping[str, Any]) -> None:

@@ -447,6 +447,8 @@ def test_gradual_pruning():
     assert levels == pytest.approx(schedule, abs=0.02)  # rows of 32 weights
     for before, after in pairwise(pruned):
         assert all((after[key] >= zero).all() for key, zero in before.items())
+    # the zeros of earlier steps are not those of the model that was pruned
+    assert gradual.result.initial_sparsity == 0
     assert num_revived(tuned.prunable_model, gradual.result.masks) == 0
     assert largest_state(fitted, tuned.prunable_model, masked.masks) == 0
 
@@ -468,6 +470,7 @@ def test_a_resumed_gradual_fit_equals_an_uninterrupted_one(tmp_path):
             ckpt_path=resume,
             callbacks=[gradual, MaskedFinetuning(), saved],
         )
+        assert gradual.result.initial_sparsity == 0
         return tuned
 
     whole = run(tmp_path / "whole", 4)

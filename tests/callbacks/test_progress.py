@@ -12,6 +12,7 @@ from rich.console import Console
 
 from symprune_lightning import BlockReconstruction
 from symprune_lightning.callbacks.progress import progress_hooks, summary
+from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.prune import prune_model
 from symprune_lightning.trainer import Trainer
 from tests.models import batches, build
@@ -115,6 +116,35 @@ def test_a_log_has_a_line_for_each_block(capsys):
             r"\d+ s, \d+ s left  [\d,]+ tokens/s  \d+\.\d\d GiB",
             line,
         ), line
+
+
+class Fails(PruningHooks):
+    """Ends a run in its second block."""
+
+    def on_layer_pruned(self, report, mask):
+        if report.name == "model.layers.1.mlp.up_proj":
+            raise RuntimeError("the end")
+
+
+def test_a_resumed_run_has_lines_for_its_own_blocks(tmp_path, capsys):
+    options = {"score": "wanda", "journal": tmp_path / "journal"}
+    with pytest.raises(RuntimeError, match="the end"):
+        prune_model(build("llama"), batches(), hooks=[Fails()], **options)
+    progress = trainer()
+    capsys.readouterr()
+    with progress_hooks(progress) as hooks:
+        prune_model(build("llama"), batches(), hooks=hooks, **options)
+    resuming, *lines = capsys.readouterr().err.splitlines()
+    assert resuming.endswith("7 of 14 layers are recorded")
+    (line,) = lines
+    assert line.startswith("pruned   14 of 14 layers  model.layers.1 ")
+
+
+def test_a_summary_without_a_refiner_has_no_column_for_it():
+    for refine in (None, "dsnot"):
+        result = prune_model(build("llama"), batches(), score="wanda", refine=refine)
+        headings = rendered(summary(result, {}, {})).splitlines()[2]
+        assert ("refined" in headings) == (refine is not None)
 
 
 RECONSTRUCTED: dict[str, Any] = {

@@ -233,7 +233,8 @@ def test_the_states_of_two_callbacks_in_one_checkpoint(tmp_path):
     trainer.fit(model, loader())
     trainer.save_checkpoint(tmp_path / "both.ckpt")
     states = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
-    own = {c.state_key: {"pruned": True, "step": -1} for c in (first, second)}
+    state = {"pruned": True, "step": -1, "initial_sparsity": None}
+    own = {c.state_key: state for c in (first, second)}
     assert {key: states[key] for key in own} == own
 
     resumed = attention_and_mlp()

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from symprune_lightning import (
     CausalLMModule,
     PruningWarning,
+    RankError,
     SymPrune,
     Trainer,
     export_model,
@@ -202,6 +203,7 @@ def test_any_pruned_model_is_exported(name, tmp_path):
     result = prune_model(model, batches(name))
     path = export_model(model, tmp_path / "out", settings={"note": "a"}, metrics={"loss": 1.5})
     manifest = read_manifest(path)
+    assert manifest["initial_sparsity"] is None  # that of the dense model is not known
     assert manifest["sparsity"] == result.sparsity
     assert [layer["name"] for layer in manifest["layers"]] == list(load_masks(path))
     assert manifest["settings"] == {"note": "a"}
@@ -225,6 +227,19 @@ def export_sharded(rank: int, size: int, folder: Path) -> None:
     # every rank returns once rank 0 has written
     assert (path / MANIFEST).is_file()
     assert not hidden_files(folder)
+
+
+def fail_to_export(rank: int, size: int, folder: Path) -> None:
+    model = build("llama")
+    prune_model(model, batches())
+    (folder / "file").touch()
+    with pytest.raises(NotADirectoryError if rank == 0 else RankError):
+        export_model(model, folder / "file")
+
+
+@pytest.mark.slow
+def test_all_ranks_raise_if_rank_0_cannot_write(tmp_path):
+    run_group(fail_to_export, 2, tmp_path)
 
 
 @pytest.mark.slow

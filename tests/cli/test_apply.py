@@ -19,7 +19,7 @@ def test_masks_give_the_same_checkpoint(project, symprune, capsys):
         output = project / f"applied-{number}"
         symprune(*arguments, "--masks", masks, "--output", output)
         assert f"checkpoint: {output}\n" in capsys.readouterr().out
-        symprune("verify", output, "--perplexity", "false")
+        symprune("verify", output, "--skip_perplexity")
         for file in ("model.safetensors", "tokenizer.json"):
             assert (output / file).read_bytes() == (project / "out" / file).read_bytes()
         applied, expected = load_masks(output), load_masks(project / "out")

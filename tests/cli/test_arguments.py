@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import subprocess
+import sys
+
 import pytest
 
 from symprune_lightning import C4, SymPrune, TextSource
 from symprune_lightning.callbacks.pruning import find_pruning_callback
 from symprune_lightning.cli.arguments import expand
-from symprune_lightning.cli.help import PRUNE_HELP, SUMMARIES
-from symprune_lightning.cli.parser import METHOD, instantiate
+from symprune_lightning.cli.help import METHOD, OPTIONS, PRUNE_HELP, SUMMARIES
+from symprune_lightning.cli.parser import instantiate
 from symprune_lightning.functional.refiners import ExactSwap
 from tests.cli.commands import small
 from tests.texts import texts
+
+
+def test_the_options_that_are_known_without_torch():
+    """The help has a copy of them, since importing SymPrune takes seconds."""
+    assert set(METHOD) == set(inspect.signature(SymPrune).parameters)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--hlp", "there is no option --hlp: did you mean --help?"),
+        ("--sparsty=0.5", "there is no option --sparsty: did you mean --sparsity?"),
+        ("--zzz.x", "there is no option --zzz; see --help all"),
+    ],
+)
+def test_unknown_options_are_refused_before_anything_is_imported(argument, message):
+    code = "import sys; from symprune_lightning.cli.main import main; main()"
+    command = [sys.executable, "-X", "importtime", "-c", code, "prune", "--config", "ria", argument]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert f"symprune: {message}" in run.stderr
+    assert "| torch" not in run.stderr
+    assert run.returncode == 1
+
+
+def test_an_unknown_recipe_is_refused_before_anything_is_imported():
+    code = "import sys; from symprune_lightning.cli.main import main; main()"
+    command = [sys.executable, "-X", "importtime", "-c", code, "prune", "--config", "riaa"]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert "there is no file or recipe riaa (did you mean ria?)" in run.stderr
+    assert "| torch" not in run.stderr
 
 
 def test_short_options_are_settings_of_the_method(project):
@@ -144,3 +179,11 @@ def test_prune_names_one_source_and_no_output(project, symprune, capsys):
     note = capsys.readouterr().out.splitlines()[-2]
     assert note.startswith("note: 50.0 % of the weights of these layers were zero before pruning")
     assert note.endswith("no further weight was pruned.")
+
+
+@pytest.mark.parametrize("command", list(SUMMARIES))
+def test_all_options_are_known_without_torch(command, symprune, capsys):
+    symprune(command, "--help", "all")
+    names = set(re.findall(r"^ +(?:-\w, )?--(\w+)", capsys.readouterr().out, re.MULTILINE))
+    assert {"trainer", "model", "data", "pruning"} <= names
+    assert names <= {*METHOD, *OPTIONS}

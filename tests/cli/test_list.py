@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from symprune_lightning.cli.list import BASES
-from symprune_lightning.cli.parser import recipe_files
+from symprune_lightning.cli.recipes import recipe_files
 from symprune_lightning.functional.registry import leaves
 
 

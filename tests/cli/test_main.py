@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from symprune_lightning.checkpoints.manifest import read_manifest
-from symprune_lightning.cli.parser import recipe_files
+from symprune_lightning.cli.recipes import recipe_files
 from tests.cli.commands import INTERRUPTING, interrupt, run_command, small
 
 RECIPES = sorted(recipe_files())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,9 +41,17 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
-def torchrun(rank: int, address: str, prefix: list[str], options: list[str]) -> subprocess.Popen:
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def torchrun(
+    rank: int, address: str, port: int, prefix: list[str], options: list[str]
+) -> subprocess.Popen:
     command = ["--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1"]
-    command += ["--master-addr", address, "--master-port", "29611"]
+    command += ["--master-addr", address, "--master-port", str(port)]
     command += ["-m", "symprune_lightning.cli.main", "prune", *options]
     interface = {"GLOO_SOCKET_IFNAME": "veth0"} if prefix else {}
     return subprocess.Popen(
@@ -76,7 +85,11 @@ def test_two_nodes_prune_as_one_process(project: Path, symprune, nodes):
     address, prefixes = nodes
     options += ["--trainer.strategy", "ddp", "--trainer.num_nodes", "2"]
     options += ["--trainer.devices", "1", "--output", str(project / "pruned")]
-    agents = [torchrun(rank, address, prefixes[rank], options) for rank in range(2)]
-    outputs = [agent.communicate(timeout=300)[0] for agent in agents]
+    port = free_port()
+    with ExitStack() as stack:
+        agents = [torchrun(rank, address, port, prefixes[rank], options) for rank in range(2)]
+        for agent in agents:
+            stack.callback(agent.terminate)  # also ends its worker; without effect once it ended
+        outputs = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
     assert load_masks(project / "pruned") == load_masks(project / "single")

@@ -10,7 +10,8 @@ import yaml
 
 from symprune_lightning import RIA, DSnoT, ExactSwap, R2DSnoT, SymPrune, TextSource, Wanda
 from symprune_lightning.callbacks.pruning import find_pruning_callback
-from symprune_lightning.cli.parser import find_recipe, instantiate, recipe_files
+from symprune_lightning.cli.parser import instantiate
+from symprune_lightning.cli.recipes import find_recipe, recipe_files
 from tests.cli.commands import small
 
 

@@ -345,7 +345,7 @@ def test_the_command(project, symprune, capsys):
     capsys.readouterr()
     symprune("verify", project / "out")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok"] * 7
-    symprune("verify", project / "out", "--perplexity", "false")
+    symprune("verify", project / "out", "--skip_perplexity")
     assert "perplexity" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"symprune: .*does not match its manifest: manifest"):
         symprune("verify", project / "model")

@@ -420,6 +420,39 @@ def test_batches_with_labels_are_explained():
     assert result.sparsity == 0.5
 
 
+@pytest.mark.parametrize(
+    ("batch", "kind"),
+    [
+        ("a text", "str"),
+        (3, "int"),
+        (None, "NoneType"),
+        (np.zeros((4, 16), dtype=np.float32), "ndarray"),
+        (["a text", "another"], r"list\\[str\\]"),
+    ],
+)
+def test_batches_without_tensors_are_explained(batch, kind):
+    with pytest.raises(TypeError, match=f"batch has type {kind}: .*forward=lambda"):
+        prune_model(mlp(), [batch])
+
+
+def test_a_model_may_take_batches_without_tensors():
+    class OfTexts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def forward(self, texts):
+            return self.layer(torch.tensor([[float(len(text)), 1.0] for text in texts]))
+
+    assert prune_model(OfTexts(), [["a", "bcd"]], forward=lambda m, b: m(b)).sparsity == 0.5
+
+
+def test_the_shapes_of_a_batch_on_which_the_model_fails_are_named():
+    with pytest.raises(RuntimeError) as raised:
+        prune_model(mlp(), [torch.randn(4, 16), torch.randn(4, 7)])
+    assert any("(4, 7)" in note for note in raised.value.__notes__)
+
+
 def test_results_are_short_in_a_notebook():
     result = prune_model(mlp(), [torch.randn(4, 16)], score="wanda")
     assert repr(result) == f"PruneResult({len(result.layers)} layers, sparsity 0.5000)"

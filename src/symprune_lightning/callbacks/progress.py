@@ -80,6 +80,7 @@ class BlockLines(PruningHooks):
         self._start = time.monotonic()
         self._errors: list[float] = []
         self._last: LayerReport | None = None
+        self._restored: set[str] = set()
         self._done = self._total = 0
 
     def on_pruning_start(self, layers: Sequence[str]) -> None:
@@ -88,18 +89,24 @@ class BlockLines(PruningHooks):
 
     def on_resume(self, folder: Path, layers: Sequence[str]) -> None:
         """See `PruningHooks`."""
+        self._restored = set(layers)
         self._console.print(resume_line(folder, len(layers), self._total), highlight=False)
 
     def on_layer_pruned(self, report: LayerReport, mask: Tensor) -> None:
         """See `PruningHooks`."""
+        if report.name not in self._restored:
+            self._add(report)
+        self._done += 1
+        if self._done == self._total:
+            self._print_line()
+
+    def _add(self, report: LayerReport) -> None:
+        """Add a layer that this run has pruned to the line of its block."""
         if self._last is not None and block_name(self._last.name) != block_name(report.name):
             self._print_line()
         self._last = report
-        self._done += 1
         if report.final_error is not None:
             self._errors.append(report.final_error)
-        if self._done == self._total:
-            self._print_line()
 
     def on_block_reconstructed(self, report: BlockReport) -> None:
         """See `PruningHooks`."""
@@ -117,13 +124,14 @@ class BlockLines(PruningHooks):
         if last is None:
             return
         done, total = self._done, self._total
+        pruned = max(done - len(self._restored), 1)
         elapsed = time.monotonic() - self._start
         errors = self._errors
         mean = f"error {sum(errors) / len(errors):.5f}  " if errors else ""
         self._console.print(
             f"pruned {done:>4} of {total} layers  {block_name(last.name):<24}{mean}"
-            f"{elapsed:.0f} s, {elapsed / done * (total - done):.0f} s left  "
-            f"{_throughput(last, done / total, self._start)}{peak_memory()}",
+            f"{elapsed:.0f} s, {elapsed / pruned * (total - done):.0f} s left  "
+            f"{_throughput(last, pruned / total, self._start)}{peak_memory()}",
             highlight=False,
         )
         errors.clear()
@@ -182,15 +190,17 @@ def summary(
         sparse: Metrics of the pruned model; may be empty.
     """
     layers = Table(title="Pruned layers")
-    for heading in ("layer type", "layers", "weights", "sparsity", "error", "refined"):
+    is_refined = any(report.swaps for report in result.layers)
+    headings = ("layer type", "layers", "weights", "sparsity", "error")
+    for heading in (*headings, *["refined"] * is_refined):
         layers.add_column(heading, justify="left" if heading == "layer type" else "right")
     by_type: defaultdict[str, list[LayerReport]] = defaultdict(list)
     for report in result.layers:
         by_type[_layer_type(report.name)].append(report)
     for layer_type, reports in by_type.items():
-        layers.add_row(layer_type, *_cells(reports))
+        layers.add_row(layer_type, *_cells(reports, is_refined))
     layers.add_section()
-    layers.add_row("all", *_cells(result.layers))
+    layers.add_row("all", *_cells(result.layers, is_refined))
     layers.caption = "\n".join(filter(None, [_describe_coverage(result), result.sparse_start]))
     if not sparse:
         return [layers]
@@ -238,7 +248,7 @@ def _describe_coverage(result: PruneResult) -> str:
     return f"{text}; dense: {largest}" if result.coverage < 0.95 and largest else text
 
 
-def _cells(reports: Sequence[LayerReport]) -> list[str]:
+def _cells(reports: Sequence[LayerReport], is_refined: bool) -> list[str]:
     weights = sum(report.num_weights for report in reports)
     zeros = sum(report.num_zeros for report in reports)
     return [
@@ -246,7 +256,7 @@ def _cells(reports: Sequence[LayerReport]) -> list[str]:
         f"{weights:,}",
         f"{zeros / weights:.4f}",
         _mean([report.error for report in reports]),
-        _mean([report.error_refined for report in reports]),
+        *[_mean([report.error_refined for report in reports])] * is_refined,
     ]
 
 

@@ -116,6 +116,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
         self._pruned_module: weakref.ref[LightningModule] | None = None
         self._resumed = False
         self._last_step = -1
+        self._initial_sparsity: dict[str, float] | None = None
         self._is_done = False
 
     @property
@@ -142,15 +143,20 @@ class PruningCallback(Callback, PruningHooks, ABC):
         return self._generate_state_key(**self.settings)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether the checkpoint's weights are pruned, and the last step of a schedule."""
+        """Return whether the checkpoint's weights are pruned, and the state of a schedule."""
         if self.result is None and not self._resumed:
             return {}
-        return {"pruned": True, "step": self._last_step}
+        return {
+            "pruned": True,
+            "step": self._last_step,
+            "initial_sparsity": self._initial_sparsity,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the flag that the checkpoint contains pruned weights, and the last step."""
+        """Restore the flag that the checkpoint contains pruned weights, and a schedule's state."""
         self._resumed = bool(state_dict["pruned"])
         self._last_step = int(state_dict["step"])
+        self._initial_sparsity = state_dict["initial_sparsity"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pruned_module": None}  # weak references cannot be pickled
@@ -200,6 +206,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
                     communicator=communicator,
                     journal=self.journal,
                     hooks=[*progress, *observers, stop],
+                    initial_sparsity=self._initial_sparsity,
                 ),
             )
         self.seconds = time.perf_counter() - start
@@ -222,7 +229,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
         refuse_strategies(self, trainer)
         self._is_done = False
         if stage == "fit":  # before the state of a checkpoint is restored
-            self._last_step, self._resumed = -1, False
+            self._last_step, self._resumed, self._initial_sparsity = -1, False, None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn if the call has not pruned as ``when`` says, or if the zeros are lost.
@@ -272,7 +279,8 @@ class PruningCallback(Callback, PruningHooks, ABC):
         """Prune further, if the schedule says so before the next optimizer step."""
         step = trainer.global_step
         if isinstance(self.when, CubicSchedule) and self.when.is_due(step, self._last_step):
-            self.run_pruning(trainer, pl_module, self.when.fraction(step))
+            result = self.run_pruning(trainer, pl_module, self.when.fraction(step))
+            self._initial_sparsity = {x.name: x.initial_sparsity for x in result.layers}
             self._last_step = step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -161,7 +161,7 @@ def _short(value: Any) -> Any:
 
 def _sparse_start(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Lines that say that the model was sparse before."""
-    before, after = manifest.get("initial_sparsity", 0.0), manifest.get("sparsity") or 0.0
+    before, after = manifest.get("initial_sparsity") or 0.0, manifest.get("sparsity") or 0.0
     sentence = describe_sparse_start(before, after)
     if sentence:
         yield from ("", sentence)

@@ -173,8 +173,9 @@ def export_model(
 
     Raises:
         ValueError: No layer has zeros.
-        TypeError: The model has adapters that are not merged.
+        TypeError: The model has adapters that are not merged, or the tokenizer cannot be saved.
         OSError: See ``save_checkpoint``.
+        RankError: Rank 0 failed, on all other ranks.
 
     Examples:
         >>> import tempfile, torch
@@ -201,10 +202,11 @@ def export_model(
         settings=settings or {},
         pruned=metrics,
     )
+    manifest["initial_sparsity"] = None  # not known
     state, communicator = full_state_dict(model), Communicator.from_default_group()
-    if communicator.rank == 0:
-        save_checkpoint(output, model, tokenizer, manifest, masks, state)
-    communicator.barrier()
+    communicator.on_rank_zero(
+        lambda: save_checkpoint(output, model, tokenizer, manifest, masks, state)
+    )
     return Path(output).expanduser().resolve()
 
 

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from importlib.util import find_spec
 
+from symprune_lightning.cli.help import check_options
+from symprune_lightning.cli.recipes import check_recipes
 from symprune_lightning.errors import SweepError
 
 # Commands import what they need when they run: --help should not wait for torch.
@@ -21,6 +23,7 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("recipes", nargs="+", help="recipes, or YAML files that list some")
     parser.add_argument("--output", required=True, help="folder for results.csv, compare.png")
     options, rest = parser.parse_known_args(arguments)
+    check_options(rest)
     from rich.console import Console
 
     from symprune_lightning.cli.compare import compare
@@ -40,6 +43,8 @@ def _data(arguments: list[str]) -> None:
         allow_abbrev=False,
     )
     _, rest = parser.parse_known_args(arguments)
+    check_options(rest)
+    check_recipes(rest)
     from symprune_lightning.cli.data import print_data
 
     print_data(rest)
@@ -58,6 +63,8 @@ def _eval(arguments: list[str]) -> None:
     parser.add_argument("--few_shot", type=int, help="number of examples in the prompt")
     parser.add_argument("--include_path", help="folder with additional task files")
     options, rest = parser.parse_known_args(arguments)
+    check_options(rest)
+    check_recipes(rest)
     if find_spec("lm_eval") is None:
         raise ValueError('tasks need lm-evaluation-harness: pip install "symprune-lightning[eval]"')
     from symprune_lightning.callbacks.zero_shot import ZeroShot
@@ -67,19 +74,53 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _verify(arguments: list[str]) -> None:
-    from jsonargparse import auto_cli
-
+    parser = argparse.ArgumentParser(
+        prog="symprune verify",
+        description="Verify a pruned checkpoint against its manifest: files, weights, masks, that "
+        "it loads in transformers, and its perplexity.",
+    )
+    parser.add_argument("checkpoint", help="folder of the checkpoint")
+    parser.add_argument(
+        "--skip_perplexity", action="store_true", help="do not evaluate the model again"
+    )
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="allow custom code from the checkpoint"
+    )
+    options = parser.parse_args(arguments)
     from symprune_lightning.cli.verify import print_checks
 
-    auto_cli(print_checks, args=arguments, prog="symprune verify")
+    print_checks(options.checkpoint, not options.skip_perplexity, options.trust_remote_code)
 
 
 def _apply(arguments: list[str]) -> None:
-    from jsonargparse import auto_cli
-
+    parser = argparse.ArgumentParser(
+        prog="symprune apply",
+        description="Zero the weights of a dense model where stored masks prune, and write the "
+        "checkpoint. From a copy that `symprune pack --masks_only` wrote, the checkpoint is "
+        "restored as it was, and the hash of every tensor is verified.",
+    )
+    parser.add_argument(
+        "--masks",
+        required=True,
+        help="a masks.safetensors, the folder of a checkpoint that has one, or a copy of "
+        "`symprune pack --masks_only`",
+    )
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--model",
+        help="hub name, folder or .gguf file of the dense model. Default: the one that a copy of "
+        "`symprune pack --masks_only` names",
+    )
+    parser.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16, float16. Default: auto"
+    )
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="allow custom code from the model"
+    )
+    options = parser.parse_args(arguments)
     from symprune_lightning.cli.apply import apply
 
-    auto_cli(apply, args=arguments, prog="symprune apply", as_positional=False)
+    apply(**vars(options))
 
 
 def _pack(arguments: list[str]) -> None:

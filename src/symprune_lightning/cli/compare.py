@@ -15,7 +15,8 @@ from rich.table import Table
 
 from symprune_lightning.callbacks.distillation import refuse_distillation
 from symprune_lightning.callbacks.pruning import find_pruning_callback
-from symprune_lightning.cli.parser import PruningCLI, find_recipe, instantiate
+from symprune_lightning.cli.parser import PruningCLI, instantiate
+from symprune_lightning.cli.recipes import find_recipe
 from symprune_lightning.cli.sweep import Sweep, SweepResult
 from symprune_lightning.engine.files import atomic_file
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 HELP = """usage: symprune COMMAND ...
@@ -80,6 +81,20 @@ SUMMARIES = {
 }
 """Subcommands of LightningCLI."""
 
+METHOD = (
+    *("score", "sparsity", "pattern", "group", "refine", "update", "solver", "allocation"),
+    *("reconstruct", "ignore", "only", "calibration_order", "gradient_batches", "experts"),
+    *("unreached", "when", "journal", "baseline", "calibration"),
+)
+"""Settings of SymPrune: ``--sparsity`` is short for ``--pruning.sparsity``."""
+
+OPTIONS = (
+    *("help", "config", "print_config", "seed_everything", "trainer", "model", "data", "pruning"),
+    *("output", "stream", "quiet", "json"),
+    *("ckpt_path", "weights_only", "verbose", "optimizer", "lr_scheduler"),
+)
+"""First components of the other options of the subcommands of LightningCLI."""
+
 TOPICS = {
     "model": r"^LightningModule that",
     "data": r"^Encodes texts",
@@ -94,6 +109,26 @@ def section(text: str, topic: str) -> str:
     start = next(i for i, line in enumerate(lines) if re.match(TOPICS[topic], line))
     length = next((n for n, x in enumerate(lines[start + 1 :]) if re.match(r"^\S", x)), len(lines))
     return "".join(lines[start : start + 1 + length])
+
+
+def check_options(arguments: Sequence[str]) -> None:
+    """Refuse an option whose first component is unknown, before torch is imported.
+
+    Raises:
+        ValueError: There is no such option.
+
+    Examples:
+        >>> check_options(["--sparsity", "0.5", "--data.sequences=16"])
+        >>> check_options(["--sparsty", "0.5"])
+        Traceback (most recent call last):
+        ValueError: there is no option --sparsty: did you mean --sparsity?
+    """
+    known = [*METHOD, *OPTIONS]
+    for argument in arguments:
+        match = re.match(r"--(\w+)", argument)
+        if match is not None and match[1] not in known:
+            close = suggestion(match[0], [f"--{name}" for name in known])
+            raise ValueError(f"there is no option {match[0]}{close or '; see --help all'}")
 
 
 def suggestion(name: str, known: list[str]) -> str:

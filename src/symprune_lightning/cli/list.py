@@ -7,7 +7,7 @@ import inspect
 from rich.console import Console
 from rich.table import Table
 
-from symprune_lightning.cli.parser import recipe_files
+from symprune_lightning.cli.recipes import recipe_files
 from symprune_lightning.functional.allocation import AllocationMethod
 from symprune_lightning.functional.patterns import Pattern
 from symprune_lightning.functional.refiners.base import MaskRefiner

@@ -10,7 +10,16 @@ import sys
 
 from symprune_lightning import __version__
 from symprune_lightning.cli.commands import COMMANDS
-from symprune_lightning.cli.help import HELP, PRUNE_HELP, SUMMARIES, TOPICS, section, suggestion
+from symprune_lightning.cli.help import (
+    HELP,
+    PRUNE_HELP,
+    SUMMARIES,
+    TOPICS,
+    check_options,
+    section,
+    suggestion,
+)
+from symprune_lightning.cli.recipes import check_recipes
 from symprune_lightning.errors import (
     PruningError,
     RankError,
@@ -35,6 +44,8 @@ def _lightning(command: str, arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         _print_help(command, arguments)
         return
+    check_options(arguments)
+    check_recipes(arguments)
     from symprune_lightning.cli.parser import run
 
     run([command, *arguments])

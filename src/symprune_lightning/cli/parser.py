@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import warnings
 from collections.abc import Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
@@ -21,15 +18,13 @@ from symprune_lightning.callbacks.pruning import PruningCallback, find_pruning_c
 from symprune_lightning.callbacks.symprune import SymPrune
 from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source
 from symprune_lightning.cli.arguments import expand, usage_message
-from symprune_lightning.cli.help import closest
+from symprune_lightning.cli.help import METHOD
+from symprune_lightning.cli.recipes import find_recipe
 from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.data.protocols import PROTOCOLS
 from symprune_lightning.data.sources import source_settings
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
-
-METHOD = frozenset(inspect.signature(SymPrune).parameters)
-"""Settings of the method: ``--sparsity`` is short for ``--pruning.sparsity``."""
 
 
 class PathParser(LightningArgumentParser):
@@ -182,33 +177,6 @@ def run(arguments: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
         callbacks: Callbacks in addition to those of the configuration.
     """
     _make_cli(arguments, callbacks=callbacks)
-
-
-def recipe_files() -> dict[str, Path]:
-    """Return the recipes of the package by name."""
-    installed = Path(str(files("symprune_lightning"))) / "recipes"
-    # in a checkout the recipes are at the top level, where the wheel takes them from
-    folder = installed if installed.is_dir() else Path(__file__).parents[3] / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def find_recipe(name: str) -> str:
-    """Return the path of a recipe: an existing file, or a recipe of the package.
-
-    Raises:
-        ValueError: There is no such file or recipe.
-    """
-    recipes = recipe_files()
-    path = Path(name).expanduser()
-    if path.is_file():
-        return str(path)
-    if name not in recipes:
-        close = closest(name, list(recipes))
-        hint = f" (did you mean {close}?)" if close else ""
-        raise ValueError(
-            f"there is no file or recipe {name}{hint}; the recipes are: {', '.join(recipes)}"
-        )
-    return str(recipes[name])
 
 
 def _resolve(arguments: Sequence[str]) -> list[str]:

@@ -15,10 +15,10 @@ from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.plan import PruningPlan, prefix_errors
 from symprune_lightning.engine.row_sums import column_sum, error_sums
-from symprune_lightning.functional.masks import row_chunks
 from symprune_lightning.functional.patterns import NM, keep_highest
 from symprune_lightning.functional.permutation import channel_permutation
-from symprune_lightning.functional.statistics import Statistics, at_least_float32
+from symprune_lightning.functional.statistics import Statistics
+from symprune_lightning.functional.tensors import at_least_float32, row_chunks
 
 
 @dataclass(frozen=True)

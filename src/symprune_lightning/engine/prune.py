@@ -64,6 +64,8 @@ class RunOptions:
         offload: Target of offloaded hidden states.
         journal: Folder of the journal.
         hooks: Observers.
+        initial_sparsity: Layer name to the fraction of zeros before gradual pruning began, for its
+            later steps; measured by default.
     """
 
     forward: Forward | None = None
@@ -73,6 +75,7 @@ class RunOptions:
     offload: str | PathLike[str] | None = None
     journal: str | PathLike[str] | None = None
     hooks: Sequence[PruningHooks] = ()
+    initial_sparsity: Mapping[str, float] | None = None
 
 
 def prune_model(
@@ -267,11 +270,21 @@ def prune_with(
         with run.error_context():
             run.run()
             run.check_ranks()
+    _set_initial_sparsity(run.result, options.initial_sparsity)
     record_coverage(model, layers, run.result)
     warn_about_coverage(run.result)
     for hook in options.hooks:
         hook.on_pruning_end(run.result)
     return run.result
+
+
+def _set_initial_sparsity(result: PruneResult, known: Mapping[str, float] | None) -> None:
+    """Replace the measured fractions of zeros by those before gradual pruning began."""
+    if known is not None:
+        result.layers = [
+            replace(report, initial_sparsity=known.get(report.name, 0.0))
+            for report in result.layers
+        ]
 
 
 def _checked_model(model: object) -> nn.Module:

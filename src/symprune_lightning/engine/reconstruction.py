@@ -27,7 +27,7 @@ from symprune_lightning.engine.layers.names import module_names
 from symprune_lightning.engine.result import BlockRecord, BlockReport, PruneResult
 from symprune_lightning.errors import PruningWarning
 from symprune_lightning.functional.reconstruction import BlockReconstruction, Weights
-from symprune_lightning.functional.statistics import at_least_float32
+from symprune_lightning.functional.tensors import at_least_float32
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from symprune_lightning.functional.masks import as_number, row_chunks
-from symprune_lightning.functional.statistics import Statistics, at_least_float32
+from symprune_lightning.functional.statistics import Statistics
+from symprune_lightning.functional.tensors import as_number, at_least_float32, row_chunks
 
 NUM_SUMS = 5
 """Length of the vector that ``error_sums`` returns."""

@@ -29,8 +29,8 @@ from symprune_lightning.engine.result import LayerRecord, LayerReport, PruneResu
 from symprune_lightning.engine.row_sums import NUM_SUMS
 from symprune_lightning.engine.sensitivity import add_gradient
 from symprune_lightning.errors import PruningError, PruningWarning
-from symprune_lightning.functional.masks import as_number, row_chunks
 from symprune_lightning.functional.statistics import Statistics
+from symprune_lightning.functional.tensors import as_number, row_chunks
 
 
 class PruningRun:

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from symprune_lightning.functional.masks import row_chunks
+from symprune_lightning.functional.tensors import at_least_float32, row_chunks
 
 Need = Literal["input", "output", "sequence_variance", "gram", "output_gradient"]
 """A statistic that a method requires: a field of `Statistics` that the engine collects."""
@@ -194,8 +194,3 @@ def _collected(value: T | None, need: str, example: str) -> T:
             f"needs = frozenset({{{need!r}}}), or pass Statistics({need}={example})"
         )
     return value
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return `x` in float32 if it is in half precision, otherwise unchanged."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

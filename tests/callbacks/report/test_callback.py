@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from symprune_lightning import CalibrationDataModule, CausalLMModule, Report, SymPrune, Trainer
+from symprune_lightning.callbacks.report.callback import format_metric
 from symprune_lightning.checkpoints.manifest import read_manifest
 from tests.models import build
 from tests.texts import texts, tokenizer
@@ -60,7 +61,8 @@ def test_figures_are_those_of_the_manifest(tmp_path, order):
     page = Page(text)
     metrics = manifest["metrics"]
     for name, value in metrics["pruned"].items():
-        assert f"{metrics['dense'][name]:.4f} → {value:.4f}" in page.bold
+        dense = metrics["dense"][name]
+        assert f"{format_metric(dense)} → {format_metric(value)}" in page.bold
     assert f"{100 * manifest['sparsity']:.2f} %" in page.bold
     cells = [c for c in page.cells if c]
     rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]
@@ -83,6 +85,15 @@ def test_figures_are_those_of_the_manifest(tmp_path, order):
     images = {p.stem for p in (tmp_path / "out" / "symprune").glob("*.png")}
     assert images == {"error", "swaps", "scores", "masks", "time"}
     assert text.count("data:image/png;base64,") == len(images)
+
+
+def test_a_run_without_a_refiner_has_no_columns_for_it(tmp_path):
+    run(tmp_path, Report(prompts=["w1 w2"], new_tokens=3), SymPrune("ria"))
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "<th>refined</th>" not in text
+    assert "<th>swaps</th>" not in text
+    assert len([c for c in Page(text).cells if c]) == 14 * 6
+    assert "The most likely 3 tokens; each prompt is given as it is." in text
 
 
 def test_the_same_figures_as_json(tmp_path):

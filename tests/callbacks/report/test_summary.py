@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from symprune_lightning.callbacks.report.summary import advice, asked, outcome, ratios_of
@@ -44,7 +46,8 @@ def test_a_good_model_needs_nothing():
 )
 def test_what_the_method_lacks(settings, expected):
     given = advice(manifest(settings=settings))
-    assert [sentence.split("=")[0].split(",")[0] for sentence in given] == expected
+    settings_or_words = [re.search(r"\((\w+): |^(\w+),", sentence) for sentence in given]
+    assert [match[1] or match[2] for match in settings_or_words if match] == expected
 
 
 def test_what_was_done_is_not_advised():

@@ -112,6 +112,7 @@ class Report(Callback, PruningHooks):
     def _reset(self) -> None:
         self._result: PruneResult | None = None
         self._samples: dict[str, list[str]] = {}
+        self._sampling = ""
         self._histograms: dict[str, Histogram] = {}
         self._times: dict[str, float] = {}
         self._phase_start = time.perf_counter()
@@ -225,7 +226,7 @@ class Report(Callback, PruningHooks):
         metrics = manifest["metrics"]
         dense = metrics.get("dense", {})
         rows = [
-            (name, format_number(dense.get(name)), format_number(value))
+            (name, format_metric(dense.get(name)), format_metric(value))
             for name, value in metrics["pruned"].items()
         ]
         keys = (
@@ -250,6 +251,8 @@ class Report(Callback, PruningHooks):
             sections=SECTIONS,
             images={name: base64.b64encode(data).decode() for name, data in images.items()},
             samples=self._sample_rows(),
+            sampling=self._sampling,
+            is_refined=bool(manifest["settings"].get("refine")),
             settings=json.dumps(settings, indent=2, ensure_ascii=False),
             number=format_number,
         )
@@ -297,9 +300,12 @@ class Report(Callback, PruningHooks):
         can_generate = callable(getattr(model, "generate", None))  # a module of the user's
         if tokenizer is None or trainer.world_size > 1 or not can_generate:
             return []
+        is_chat = tokenizer.chat_template is not None
+        form = "as a message in the tokenizer's chat format" if is_chat else "as it is"
+        self._sampling = f"The most likely {self.new_tokens} tokens; each prompt is given {form}."
         texts = []
         for prompt in self.prompts:
-            if tokenizer.chat_template is None:
+            if not is_chat:
                 inputs = tokenizer(prompt, return_tensors="pt").to(module.device)
             else:
                 inputs = tokenizer.apply_chat_template(
@@ -340,5 +346,15 @@ class Report(Callback, PruningHooks):
 
 
 def format_number(value: float | None) -> str:
-    """Format a metric for tables."""
+    """Format an error for tables."""
     return "–" if value is None else f"{value:.4f}"
+
+
+def format_metric(value: float | None) -> str:
+    """Format a metric such as a perplexity, with two decimals from 1 on.
+
+    Examples:
+        >>> format_metric(13.4189), format_metric(0.81234)
+        ('13.42', '0.8123')
+    """
+    return "–" if value is None else f"{value:,.{2 if abs(value) >= 1 else 4}f}"

@@ -70,7 +70,7 @@ def outcome(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: {ratio:.2f} × that of the dense model ({dense:.2f} → {pruned:.2f})"
     if not ratios:
         yield "The perplexity of the dense or the pruned model was not measured."
-    before, after = manifest.get("initial_sparsity", 0.0), manifest.get("sparsity") or 0.0
+    before, after = manifest.get("initial_sparsity") or 0.0, manifest.get("sparsity") or 0.0
     if sentence := describe_sparse_start(before, after):
         yield sentence
 
@@ -106,16 +106,19 @@ def _about_quality(manifest: Mapping[str, Any]) -> Iterator[str]:
         )
     settings = manifest.get("settings") or {}
     if not settings.get("refine") and not settings.get("solver"):
-        yield 'refine="exactswap" improves the mask, kept weights do not change.'
+        yield "ExactSwap (refine: exactswap) improves the mask; kept weights do not change."
     if not settings.get("update") and not settings.get("solver"):
-        yield 'update="maskedcg" fits the kept weights to the mask.'
+        yield "MaskedCG (update: maskedcg) fits the kept weights to the mask."
     # neither N:M nor groups of several layers nor a sparsity by layer leave a choice
     can_allocate = isinstance(settings.get("sparsity", 0.5), float) and not settings.get("pattern")
     can_allocate &= settings.get("group") not in ("block", "model")
     if can_allocate and not settings.get("allocation"):
-        yield 'allocation="sensitivity" prunes less where the loss is sensitive.'
+        yield "Sensitivity (allocation: sensitivity) prunes less where the loss is sensitive."
     if not manifest.get("blocks") and max(ratios) > POOR:
-        yield "reconstruct=True trains the kept weights of each block (calibration_order='block')."
+        yield (
+            "Reconstruction (reconstruct: true, calibration_order: block) trains the kept weights "
+            "of each block."
+        )
     if not manifest.get("distillation") and max(ratios) > POOR:
         yield "Distillation, or fine-tuning with MaskedFinetuning, recovers further quality."
 
@@ -133,7 +136,7 @@ def _about_evidence(manifest: Mapping[str, Any]) -> Iterator[str]:
     layers = manifest.get("layers") or []
     few = [x["name"] for x in layers if x.get("tokens") and x["tokens"] < x["shape"][1]]
     if few:
-        experts = ", or experts='all'" if any("expert" in name for name in few) else ""
+        experts = ", or experts: all" if any("expert" in name for name in few) else ""
         yield (
             f"{len(few)} of {len(layers)} layers were measured on fewer tokens than they have "
             f"inputs, such as {few[0]}: use more calibration sequences{experts}."

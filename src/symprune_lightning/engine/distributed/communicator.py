@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -130,6 +130,21 @@ class Communicator:
         if int(minimum) < 0:
             self._raise_on_all_ranks(error)
         return int(minimum)
+
+    def on_rank_zero(self, function: Callable[[], object]) -> None:
+        """Call a function on rank 0 alone; the others wait for it.
+
+        Raises:
+            Exception: The function's own, on rank 0.
+            RankError: The function failed on rank 0, on all other ranks.
+        """
+        error = None
+        if self.rank == 0:
+            try:
+                function()
+            except Exception as raised:
+                error = raised
+        self.all_reduce_min(0, error)
 
     def all_reduce_max(self, value: int) -> int:
         """Return the maximum of a non-negative value over all ranks."""

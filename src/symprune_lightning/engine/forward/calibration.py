@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from symprune_lightning.engine.distributed.communicator import SINGLE_PROCESS, Communicator
@@ -16,6 +17,8 @@ from symprune_lightning.engine.placement import WeightPlacement
 
 Forward = Callable[[nn.Module, Any], object]
 """Runs the model on one batch."""
+
+_NO_TENSORS = (str, bytes, int, float, np.ndarray, type(None))
 
 
 @dataclass(frozen=True)
@@ -54,23 +57,32 @@ def call_model(model: nn.Module, batch: Any, advice: str) -> object:
         advice: What to do if the model has other arguments.
 
     Raises:
-        TypeError: The model has other arguments.
+        TypeError: The model has other arguments, or the batch holds no tensors.
     """
     is_whole = isinstance(batch, Mapping) and _takes_whole(model, batch)
     try:
         return _call(model, batch, is_whole)
-    except AttributeError as error:
-        if not is_whole:
+    except Exception as error:
+        explanation = _explanation(model, batch, is_whole, error)
+        if explanation is None:
+            error.add_note(f"while the model ran on a calibration batch: {_describe(batch)}")
             raise
-        raise TypeError(
-            f"{error} (the mapping was passed as it is, since {type(model).__name__}.forward has "
-            f"one argument and takes none of its keys; {advice})"
-        ) from error
-    except TypeError as error:
-        raise TypeError(
-            f"{error} (mappings are passed as keyword arguments, tuples and lists as positional "
-            f"ones; {advice})"
-        ) from error
+        raise TypeError(f"{error} ({explanation}; {advice})") from error
+
+
+def _explanation(model: nn.Module, batch: object, is_whole: bool, error: Exception) -> str | None:
+    """Return why the model does not take a batch; ``None`` if the error is another one."""
+    kind = _type_without_tensors(batch)
+    if kind is not None:
+        return f"a calibration batch has type {kind}: batches hold tensors, such as token ids"
+    if isinstance(error, AttributeError) and is_whole:
+        return (
+            f"the mapping was passed as it is, since {type(model).__name__}.forward has one "
+            f"argument and takes none of its keys"
+        )
+    if isinstance(error, TypeError):
+        return "mappings are passed as keyword arguments, tuples and lists as positional ones"
+    return None
 
 
 def _call(model: nn.Module, batch: Any, is_whole: bool) -> object:
@@ -86,6 +98,27 @@ def _call(model: nn.Module, batch: Any, is_whole: bool) -> object:
             f"{type(model).__name__}.forward does not take a batch of {len(batch)} values: {error}"
         ) from error
     return model(*batch)
+
+
+def _type_without_tensors(batch: object) -> str | None:
+    """Return the type of a batch that no common model takes; ``None`` if it may hold tensors."""
+    name = type(batch).__name__
+    if isinstance(batch, _NO_TENSORS):
+        return name
+    if isinstance(batch, tuple | list) and batch and all(isinstance(x, _NO_TENSORS) for x in batch):
+        return f"{name}[{', '.join(sorted({type(x).__name__ for x in batch}))}]"
+    return None
+
+
+def _describe(batch: object) -> str:
+    """Return the shapes of a batch's tensors; of the first few of a long list."""
+    if isinstance(batch, Tensor):
+        return str(tuple(batch.shape))
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key}: {_describe(value)}" for key, value in batch.items())
+    if isinstance(batch, tuple | list):
+        return ", ".join(_describe(value) for value in batch[:8])
+    return type(batch).__name__
 
 
 def _takes_whole(model: nn.Module, batch: Mapping[str, Any]) -> bool:

@@ -8,7 +8,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from symprune_lightning.functional.statistics import Moments, Need, at_least_float32
+from symprune_lightning.functional.statistics import Moments, Need
+from symprune_lightning.functional.tensors import at_least_float32
 
 PANEL = 192
 """Rows of a Gram matrix computed in one product. Only the upper triangle is computed, panel by

@@ -17,8 +17,7 @@ from symprune_lightning.engine.distributed.dtensor import (
     local_tensor,
     shard_like,
 )
-from symprune_lightning.functional.masks import row_chunks, zero_
-from symprune_lightning.functional.statistics import at_least_float32
+from symprune_lightning.functional.tensors import at_least_float32, row_chunks, zero_
 
 
 def identity(parameter: Tensor) -> Tensor:

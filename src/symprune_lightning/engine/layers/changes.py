@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from symprune_lightning.engine.distributed.dtensor import local_tensor, shard_like
 from symprune_lightning.engine.layers.base import Layer
-from symprune_lightning.functional.masks import zero_
+from symprune_lightning.functional.tensors import zero_
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from symprune_lightning.functional.masks import as_number
 from symprune_lightning.functional.refiners.base import MaskRefiner
 from symprune_lightning.functional.refiners.shortlist import (
     GroupShortlist,
@@ -18,6 +17,7 @@ from symprune_lightning.functional.refiners.shortlist import (
     lowest_of_groups,
 )
 from symprune_lightning.functional.statistics import Need, Statistics
+from symprune_lightning.functional.tensors import as_number
 
 CHUNK = 2**20
 """Number of weights that are refined together; bounds the memory for layers with many rows."""

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from symprune_lightning.functional.masks import as_number
+from symprune_lightning.functional.tensors import as_number
 
 SWAPS = 6
 """Maximum number of swaps per output row before its shortlist is rebuilt."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from symprune_lightning.functional.masks import as_number
+from symprune_lightning.functional.tensors import as_number
 
 CYCLES_BETWEEN_CHECKS = 8
 """Cycles between two tests whether any row is active."""

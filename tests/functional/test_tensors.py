@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from symprune_lightning.functional.masks import as_number, zero_
+from symprune_lightning.functional.tensors import as_number, zero_
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -1,4 +1,4 @@
-"""Arithmetic with bool masks, in the ways that are fast on a CPU too."""
+"""Arithmetic with masks, chunks of rows and dtypes, in the ways that are fast on a CPU too."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ WEIGHTS_AT_ONCE = 2**20
 """Number of weights that `row_chunks` yields together."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return `x` in float32 if it is in half precision, otherwise unchanged."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def as_number(mask: Tensor, dtype: torch.dtype) -> Tensor:
