@@ -9,8 +9,9 @@ is the increase of the resident set to its peak during the run (Linux only).
 
 The formula, for the calibration order ``layer``, in bytes:
 
-    tokens · 4 · (2 · hidden + intermediate)    the batches suspended in a block: the residual
-                                                stream, the normalized input and the gate's output
+    tokens · 4 · (3 · hidden + intermediate)    the batches suspended in a block: its input, the
+                                                residual stream, the normalized input and the
+                                                gate's output
   + weights pruned / 8                          masks, one bit each
   + 4 · 5 · min(largest layer, 2²⁰)             float32 copies of the rows that are scored together
 
@@ -131,9 +132,9 @@ def work(case: Case, part: str) -> dict[str, float]:
     else:
         prune_model(model, batches, score="ria")
     seconds = time.perf_counter() - start
-    sizes = [layer.parameter.numel() for layer in prunable_layers(model)]
+    sizes = [rows * columns for rows, columns in (x.shape for x in prunable_layers(model))]
     config = model.config
-    bytes_per_token = 4 * (2 * config.hidden_size + config.intermediate_size)
+    bytes_per_token = 4 * (3 * config.hidden_size + config.intermediate_size)
     return {
         "seconds": seconds,
         "rise": memory("VmHWM") - before,

@@ -14,7 +14,7 @@ RIA, order ``layer``, with FSDP2 (one GPU: in memory), per rank of n:
               + traffic / link
     memory    2 · weights / n                                     bfloat16 shards
               + 2 · block                                         one unsharded block
-              + tokens / n · 2 · (2 · hidden + intermediate)      the suspended batches
+              + tokens / n · 2 · (3 · hidden + intermediate)      the suspended batches
               + 4 · 5 · 2²⁰                                       float32 copies of some rows
     host      weights / 8                                         masks of the result, on each rank
     traffic   2 · weights · (n − 1) / n                           weights, gathered once
@@ -95,7 +95,7 @@ def projected(shape: Shape, ranks: int) -> tuple[float, float, float]:
     memory = (
         (2 * weights + embeddings) / ranks
         + (2 * shape.block(shape.experts) if ranks > 1 else 0)
-        + TOKENS / ranks * 2 * (2 * shape.hidden + wide)
+        + TOKENS / ranks * 2 * (3 * shape.hidden + wide)
         + 4 * 5 * 2**20
     )
     return seconds, memory, traffic

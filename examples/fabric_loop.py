@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from symprune_lightning import apply_masks, export_model, prune_model
+from symprune_lightning import Communicator, apply_masks, export_model, prune_model
 
 
 def main(pretrained: str, file: str, output: str, *, length: int = 32, **settings: Any) -> Any:
@@ -29,9 +29,10 @@ def main(pretrained: str, file: str, output: str, *, length: int = 32, **setting
     rows = list(ids[: len(ids) // length * length].view(-1, length))
     loader = fabric.setup_dataloaders(DataLoader(rows, batch_size=4))  # type: ignore[arg-type]
 
-    # each rank calibrates on its own batches; all ranks compute the same masks
+    # each rank calibrates on its own batches; the communicator sums over ranks: equal masks
     batches = [{"input_ids": batch} for batch in loader]
-    result = prune_model(model, batches, score="ria", sparsity=0.5)
+    communicator = Communicator.from_default_group()
+    result = prune_model(model, batches, score="ria", sparsity=0.5, communicator=communicator)
 
     for batch in loader:
         loss = model(input_ids=batch, labels=batch).loss

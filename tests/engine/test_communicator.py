@@ -121,6 +121,27 @@ def test_masks_of_every_method_equal_those_of_one_process(tmp_path):
             assert load_masks(tmp_path / f"{name}-{rank}.safetensors") == expected, name
 
 
+def few_rows(count: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, count))
+
+
+def prune_few_rows(rank: int, size: int, folder: Any) -> None:
+    communicator = Communicator.from_default_group()
+    torch.manual_seed(1)
+    x = list(torch.randn(4, 6, 8))
+    for count in (1, 2, 3):
+        for score in ("magnitude", "wanda", "ri", "ria", "lpria", "stochria"):
+            alone = prune_model(few_rows(count), x, score=score)
+            local = communicator.shard(x)
+            result = prune_model(few_rows(count), local, communicator=communicator, score=score)
+            assert result.masks == alone.masks, (count, score)
+
+
+def test_layers_with_fewer_rows_than_ranks(tmp_path):
+    run_group(prune_few_rows, 4, tmp_path)
+
+
 def prune_all(rank: int, size: int, folder: Any, strategy: str) -> None:
     for method in METHODS:
         for sequences in SEQUENCES:

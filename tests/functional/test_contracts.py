@@ -209,6 +209,14 @@ def test_scores_by_rows(score):
     assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("score", [s for s in instances(Score) if s.by_rows], ids=repr)
+def test_scores_by_rows_of_rows_that_are_almost_zero(score):
+    weight, statistics = data((20, 12))
+    weight[3] *= 1e-12
+    statistics = dataclasses.replace(statistics, column_sum=weight.abs().sum(0))
+    assert torch.equal(score(weight[3:4], statistics), score(weight, statistics)[3:4])
+
+
 def test_by_rows_is_declared_with_the_score():
     class Renamed(Wanda):
         pass

@@ -280,7 +280,9 @@ class PruningCallback(Callback, PruningHooks, ABC):
         step = trainer.global_step
         if isinstance(self.when, CubicSchedule) and self.when.is_due(step, self._last_step):
             result = self.run_pruning(trainer, pl_module, self.when.fraction(step))
-            self._initial_sparsity = {x.name: x.initial_sparsity for x in result.layers}
+            # the first step that prunes a layer decides, also if a later one does not reach it
+            measured = {x.name: x.initial_sparsity for x in result.layers}
+            self._initial_sparsity = measured | (self._initial_sparsity or {})
             self._last_step = step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -117,12 +117,12 @@ def restore_from_masks(
     if trust_remote_code and base is None:
         raise ValueError(
             f"trust_remote_code would run code of {pointer['model']}, which {source / INFO} names: "
-            f"pass the model that you trust (--model)"
+            f"pass the model that you trust (pack: --base, apply: --model)"
         )
     commit = f" It was commit {pointer['revision']}." if pointer.get("revision") else ""
     advice = (
         f"either the masks are damaged, or this is another model or version than the one that was "
-        f"pruned: pass that one (--model).{commit}"
+        f"pruned: pass that one (pack: --base, apply: --model).{commit}"
     )
     with atomic_directory(path) as tmp:
         copy_others(source, tmp, {INFO})
@@ -180,7 +180,9 @@ def _write_weights(
     try:
         dense = load_model(model, dtype=_dtype_name(widest), trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise OSError(f"the dense model cannot be loaded; pass it as --model: {error}") from error
+        raise OSError(
+            f"the dense model cannot be loaded; pass it (pack: --base, apply: --model): {error}"
+        ) from error
     apply_masks(dense, load_masks(source))
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
         written = Path(folder)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from symprune_lightning.cli.help import check_options
+from symprune_lightning.cli.help import ONE_DEVICE, check_options
 from symprune_lightning.cli.recipes import check_recipes
 from symprune_lightning.errors import SweepError
 
@@ -70,7 +70,7 @@ def _eval(arguments: list[str]) -> None:
     from symprune_lightning.callbacks.zero_shot import ZeroShot
     from symprune_lightning.cli.parser import run
 
-    run(["prune", *rest], callbacks=[ZeroShot(**vars(options))])
+    run(["prune", ONE_DEVICE, *rest], callbacks=[ZeroShot(**vars(options))])
 
 
 def _verify(arguments: list[str]) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from symprune_lightning.callbacks.distillation import refuse_distillation
 from symprune_lightning.callbacks.pruning import find_pruning_callback
+from symprune_lightning.cli.help import ONE_DEVICE
 from symprune_lightning.cli.parser import PruningCLI, instantiate
 from symprune_lightning.cli.recipes import find_recipe
 from symprune_lightning.cli.sweep import Sweep, SweepResult
@@ -142,7 +143,7 @@ def _listed_recipe(folder: Path, entry: str) -> Path:
 
 
 def _project(path: Path, arguments: Sequence[str]) -> PruningCLI:
-    project = instantiate(["--config", str(path), *arguments])
+    project = instantiate(["--config", str(path), ONE_DEVICE, *arguments])
     if project.trainer.world_size > 1:
         raise ValueError("compare runs on one process: use devices=1")
     find_pruning_callback(project.trainer.callbacks)

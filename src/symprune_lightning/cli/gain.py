@@ -207,13 +207,15 @@ def _measured(
 
 def _fastest_pass(products: Sequence[tuple[Any, Tensor]], multiply: Callable[..., Any]) -> float:
     times: list[float] = []
-    while sum(times[1:]) < SECONDS:  # the first pass is a warm-up
+    total = 0.0
+    while total < SECONDS:
         start = time.perf_counter()
         for weight, inputs in products:
             multiply(weight, inputs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+        total += times[-1] * (len(times) > 1)  # the first pass is a warm-up
     return min(times)
 
 

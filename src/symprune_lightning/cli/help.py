@@ -95,6 +95,9 @@ OPTIONS = (
 )
 """First components of the other options of the subcommands of LightningCLI."""
 
+ONE_DEVICE = "--trainer.devices=1"
+"""Put before the options of what runs in one process: by default, a Trainer takes all GPUs."""
+
 TOPICS = {
     "model": r"^LightningModule that",
     "data": r"^Encodes texts",
@@ -125,10 +128,10 @@ def check_options(arguments: Sequence[str]) -> None:
     """
     known = [*METHOD, *OPTIONS]
     for argument in arguments:
-        match = re.match(r"--(\w+)", argument)
+        match = re.match(r"--(\w+)[^\s=]*(?:=|$)", argument)  # an option; a text may begin like one
         if match is not None and match[1] not in known:
-            close = suggestion(match[0], [f"--{name}" for name in known])
-            raise ValueError(f"there is no option {match[0]}{close or '; see --help all'}")
+            close = suggestion(f"--{match[1]}", [f"--{name}" for name in known])
+            raise ValueError(f"there is no option --{match[1]}{close or '; see --help all'}")
 
 
 def suggestion(name: str, known: list[str]) -> str:

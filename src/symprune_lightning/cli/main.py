@@ -7,11 +7,13 @@ import io
 import os
 import signal
 import sys
+from itertools import pairwise
 
 from symprune_lightning import __version__
 from symprune_lightning.cli.commands import COMMANDS
 from symprune_lightning.cli.help import (
     HELP,
+    ONE_DEVICE,
     PRUNE_HELP,
     SUMMARIES,
     TOPICS,
@@ -48,7 +50,8 @@ def _lightning(command: str, arguments: list[str]) -> None:
     check_recipes(arguments)
     from symprune_lightning.cli.parser import run
 
-    run([command, *arguments])
+    streams = "--stream=true" in arguments or ("--stream", "true") in pairwise(arguments)
+    run([command, *[ONE_DEVICE] * streams, *arguments])
 
 
 def _print_help(command: str, arguments: list[str]) -> None:

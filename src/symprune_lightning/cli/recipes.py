@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 from symprune_lightning.cli.help import closest
@@ -42,8 +43,11 @@ def check_recipes(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: There is no such file or recipe.
     """
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    if arguments and arguments[-1] in ("--config", "-c"):
+        raise ValueError(f"{arguments[-1]} needs the name of a recipe (`symprune list`) or a file")
+    for option, value in pairwise(arguments):
         if option in ("--config", "-c"):
             find_recipe(value)
-        elif option.startswith("--config="):
+    for option in arguments:
+        if option.startswith("--config="):
             find_recipe(option.removeprefix("--config="))

@@ -115,7 +115,8 @@ class RowPruner:
         parts: list[RowSlice] = []
         for stored in row_chunks(weight[rows]):
             part = at_least_float32(stored)
-            score = scores_of(self.plan, part, statistics)
+            # this rank may have no rows of a layer with fewer rows than ranks
+            score = scores_of(self.plan, part, statistics) if len(part) else part
             mask = without_zeros(pattern.mask(score), score)
             if self._scores_are_observed:
                 observed.append((score, mask))

@@ -282,7 +282,7 @@ def _set_initial_sparsity(result: PruneResult, known: Mapping[str, float] | None
     """Replace the measured fractions of zeros by those before gradual pruning began."""
     if known is not None:
         result.layers = [
-            replace(report, initial_sparsity=known.get(report.name, 0.0))
+            replace(report, initial_sparsity=known.get(report.name, report.initial_sparsity))
             for report in result.layers
         ]
 

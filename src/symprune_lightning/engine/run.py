@@ -357,7 +357,7 @@ def _is_left(weight: Tensor, kept: Tensor) -> bool:
     """Return whether a pruned weight is not zero."""
     # the product is faster, but not a number where a kept weight is infinite
     removed = weight * as_number(~kept, weight.dtype)
-    return any(removed.aminmax()) and bool(weight.masked_fill(kept, 0).any())
+    return bool(torch.stack(removed.aminmax()).any()) and bool(weight.masked_fill(kept, 0).any())
 
 
 def _warn_about(names: Sequence[str], message: str) -> None:

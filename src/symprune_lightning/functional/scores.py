@@ -426,16 +426,19 @@ def relative_importance(
         Same shape and dtype as `weight`.
     """
     magnitude = weight.abs()
-    columns = _norm(magnitude, p, 0) if column_norm is None else _clamped(column_norm)
-    return magnitude / _norm(magnitude, p, 1) + magnitude / columns
+    columns = _clamped(_norm(magnitude, p, 0) if column_norm is None else column_norm)
+    # no weight exceeds the norm of its row, which is not compared with that of other rows: a score
+    # by rows may not depend on which rows are given
+    rows = _norm(magnitude, p, 1).clamp_min(torch.finfo(weight.dtype).tiny)
+    return magnitude / rows + magnitude / columns
 
 
 def _norm(magnitude: Tensor, p: float, dim: int) -> Tensor:
     if p == 0:
         return torch.ones((), dtype=magnitude.dtype, device=magnitude.device)
     if p == 1:
-        return _clamped(magnitude.sum(dim, keepdim=True))
-    return _clamped(torch.linalg.vector_norm(magnitude, p, dim, keepdim=True))
+        return magnitude.sum(dim, keepdim=True)
+    return torch.linalg.vector_norm(magnitude, p, dim, keepdim=True)
 
 
 def _clamped(divisor: Tensor) -> Tensor:

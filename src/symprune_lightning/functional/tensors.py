@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 WEIGHTS_AT_ONCE = 2**20
-"""Number of weights that `row_chunks` yields together."""
+"""Number of values that `row_chunks` yields together on a CPU: they stay in its cache."""
+
+WEIGHTS_AT_ONCE_ON_GPU = 2**26
+"""The same on other devices, where it bounds memory only: every chunk launches kernels anew."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -48,10 +51,10 @@ def zero_(x: Tensor, pruned: Tensor) -> None:
 
 
 def row_chunks(x: Tensor) -> Iterator[Tensor]:
-    """Yield views of some rows at a time, with at most 2²⁰ values or one row.
+    """Yield views of some rows at a time: with at most 2²⁰ values, 2²⁶ on a GPU, or one row.
 
-    For arithmetic with temporary tensors on large layers: those of this size stay in the cache, and
-    larger ones take ten times as long per value.
+    For arithmetic with temporary tensors on large layers: on a CPU, those of this size stay in the
+    cache, and larger ones take ten times as long per value.
 
     Args:
         x: ``(rows, columns)``; one chunk if it has no rows.
@@ -60,6 +63,7 @@ def row_chunks(x: Tensor) -> Iterator[Tensor]:
         >>> [len(chunk) for chunk in row_chunks(torch.zeros(3, 2**19))]
         [2, 1]
     """
-    size = max(1, WEIGHTS_AT_ONCE // max(1, x.shape[1]))
+    at_once = WEIGHTS_AT_ONCE if x.device.type == "cpu" else WEIGHTS_AT_ONCE_ON_GPU
+    size = max(1, at_once // max(1, x.shape[1]))
     for start in range(0, max(1, len(x)), size):
         yield x[start : start + size]

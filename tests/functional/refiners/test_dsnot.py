@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from symprune_lightning.functional.patterns import NM, Unstructured
 from symprune_lightning.functional.refiners import DSnoT, R2DSnoT
 from symprune_lightning.functional.scores import RIA, Wanda
+from symprune_lightning.functional.statistics import Moments, Statistics
 from tests.functional.examples import example
 
 REFINERS = [
@@ -65,6 +66,25 @@ def test_refiners_of_groups_do_something():
 
 
 @given(seed=st.integers(0, 999), window=st.sampled_from([None, 4, 10]), relative=st.booleans())
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("refiner", [DSnoT(), R2DSnoT(), R2DSnoT(gamma1=0.0, gamma2=0.0)])
+def test_constant_channels_and_weights_that_are_zero(refiner, window):
+    """The key of a zero weight in a channel without variance is 0, and hides no other column."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    weight[torch.rand(64, 64) < 0.3] = 0
+    x = torch.randn(50, 64)
+    x[:, ::3] = 1000.0
+    statistics = Statistics(input=Moments.of(x))
+    pattern = NM(2, 4) if window else Unstructured(0.5)
+    mask = pattern.mask(Wanda()(weight, statistics))
+    refined = refiner(weight, mask, statistics, window)
+    groups = window or 64
+    kept = [x.view(64, -1, groups).sum(2) for x in (mask, refined)]
+    assert torch.equal(*kept)
+    assert not torch.equal(mask, refined)
+
+
 def test_gram_guard_never_raises_the_exact_error_of_any_row(seed, window, relative):
     pattern = None if window is None else NM(window // 2, window)
     weight, mask, statistics = example(8, 20, seed=seed, dtype=torch.float64, pattern=pattern)

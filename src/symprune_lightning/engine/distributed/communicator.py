@@ -132,7 +132,7 @@ class Communicator:
         return int(minimum)
 
     def on_rank_zero(self, function: Callable[[], object]) -> None:
-        """Call a function on rank 0 alone; the others wait for it.
+        """Call a function on rank 0 alone; the others wait, up to the process group's timeout.
 
         Raises:
             Exception: The function's own, on rank 0.

@@ -73,7 +73,9 @@ def call_model(model: nn.Module, batch: Any, advice: str) -> object:
 def _explanation(model: nn.Module, batch: object, is_whole: bool, error: Exception) -> str | None:
     """Return why the model does not take a batch; ``None`` if the error is another one."""
     kind = _type_without_tensors(batch)
-    if kind is not None:
+    if kind is not None and isinstance(
+        error, TypeError | AttributeError | LookupError | ValueError
+    ):
         return f"a calibration batch has type {kind}: batches hold tensors, such as token ids"
     if isinstance(error, AttributeError) and is_whole:
         return (

@@ -235,5 +235,9 @@ class R2DSnoT(MaskRefiner):
 
 
 def _over_variance(x: Tensor, variance: Tensor, power: float) -> Tensor:
-    """Return ``x / variance^power``, very large for constant channels and never NaN."""
-    return x / variance.pow(power).clamp_min(torch.finfo(torch.float32).tiny)
+    """Return ``x / variance^power``, very large for constant channels; finite in float32.
+
+    Infinity would make the key of a weight that is zero NaN.
+    """
+    limits = torch.finfo(torch.float32)
+    return (x / variance.pow(power).clamp_min(limits.tiny)).clamp_max(limits.max)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import linecache
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -73,7 +74,7 @@ _READ = re.compile(r"self\.(\w+)\.weight\b(?!\.\w)")
 def _read_children(cls: type) -> frozenset[str]:
     """Return the names of children whose weights the code of a class reads."""
     try:
-        if not _is_read_in(inspect.getsourcefile(cls) or ""):
+        if not _is_read_in(cls.__module__):
             return frozenset()
         return frozenset(_READ.findall(inspect.getsource(cls)))
     except (OSError, TypeError):  # built in, or defined interactively
@@ -81,9 +82,14 @@ def _read_children(cls: type) -> frozenset[str]:
 
 
 @cache
-def _is_read_in(file: str) -> bool:
-    """Return whether any class of a file may read such a weight.
+def _is_read_in(module: str) -> bool:
+    """Return whether any class of a module may read such a weight.
 
-    For most files none does, and `inspect.getsource` parses the whole file for each class.
+    For most modules none does, and `inspect.getsource` parses the whole file for each class.
     """
-    return _READ.search("".join(linecache.getlines(file))) is not None
+    source = sys.modules.get(module)
+    file = None if source is None else inspect.getsourcefile(source)
+    if source is None or file is None:
+        return True
+    linecache.checkcache(file)
+    return _READ.search("".join(linecache.getlines(file, vars(source)))) is not None
