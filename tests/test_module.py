@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.text import Perplexity
 
-from symprune_lightning import CausalLMModule
+from symprune_lightning import CausalLMModule, TransformersModule
 from symprune_lightning import module as module_file
 from symprune_lightning.checkpoints.pretrained import IGNORE_INDEX
 from symprune_lightning.module import TokenPerplexity
@@ -111,3 +111,14 @@ def test_padding_on_the_left_is_not_evaluated():
     losses = [module.training_step(b, 0) for b in ({"input_ids": tokens}, right, left)]
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(losses[2], losses[0], atol=1e-3, rtol=0)  # positions are shifted
+
+
+def test_a_training_batch_without_a_counted_label_has_no_loss():
+    for module in (CausalLMModule(build("llama")), TransformersModule(build("llama"))):
+        batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.full((1, 3), -100)}
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        assert loss == 0
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        assert gradients
+        assert all((gradient == 0).all() for gradient in gradients)

@@ -75,6 +75,8 @@ class TokenPerplexity(Perplexity):
 
     def num_tokens(self) -> int:
         """Return the number of tokens that all ranks have counted; every rank must call this."""
+        # a rank without a token has not updated its states, which would be float32
+        self.total_log_probs, self.count = self.total_log_probs.double(), self.count.double()
         with self.sync_context():
             return int(self.count)
 
@@ -220,8 +222,9 @@ class TransformersModule(LightningModule):
             ValueError: The batch has no labels.
         """
         targets = self._targets(batch)
-        if targets is None:
+        if targets is None and batch.get("labels") is None:
             raise ValueError("training requires labels: add 'labels' to each batch")
+        targets = batch["labels"] if targets is None else targets  # none of which is counted
         logits = self._logits_for(batch, targets)
         if TEACHER_INDICES in batch:
             teacher = TeacherTokens(batch[TEACHER_INDICES], batch[TEACHER_LOG_PROBS])
@@ -230,7 +233,9 @@ class TransformersModule(LightningModule):
                 mask = targets != IGNORE_INDEX
             loss = distillation_loss(logits, teacher, None if mask is None else mask.bool())
         else:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            sums = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+            # 0 in place of NaN for a batch without a counted label
+            loss = sums / (targets != IGNORE_INDEX).sum().clamp_min(1)
         if self._trainer is not None:
             self._log_loss(loss)
         return loss
@@ -249,6 +254,18 @@ class TransformersModule(LightningModule):
         """Update the perplexity with a batch, if it has labels."""
         metric = self._metric(self.test_perplexity, "test_dataloaders", dataloader_idx)
         self._update(metric, batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset the metrics: an evaluation that was aborted has not done so."""
+        self._reset(self.val_perplexity)
+
+    def on_test_epoch_start(self) -> None:
+        """Reset the metrics: an evaluation that was aborted has not done so."""
+        self._reset(self.test_perplexity)
+
+    def _reset(self, single: TokenPerplexity) -> None:
+        self._loader_metrics.clear()
+        single.reset()
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and perplexity over all batches and ranks."""
@@ -318,6 +335,8 @@ class TransformersModule(LightningModule):
         targets = self._targets(batch)
         if targets is not None:
             metric.update(self._logits_for(batch, targets), targets)
+        elif batch.get("labels") is not None and any(map(is_dtensor, self.parameters())):
+            self(batch)  # shards are gathered by all ranks, and others may count labels
 
     def _metric(
         self, single: TokenPerplexity, loaders_name: str, dataloader_idx: int
@@ -368,8 +387,7 @@ class TransformersModule(LightningModule):
                 values[f"{stage}_perplexity/{name}"] = perplexity
                 count //= self._num_copies
                 values |= _bits_per_byte(key, perplexity, count, [loaders[name]])
-        self._loader_metrics.clear()
-        single.reset()
+        self._reset(single)
         # compute() has already reduced the values; sync_dist only silences Lightning's warning
         self.log_dict(values, prog_bar=True, sync_dist=True)
 

@@ -225,12 +225,13 @@ class Trainer(pl.Trainer):
         if distillation is not None:
             distillation.check_data(self, datamodule)
         if output is not None:
-            path = check_destination(output, _checkpoint_size(model))
+            path = check_destination(output, _checkpoint_size(_uncompiled(model)))
             name_unfinished(path)
             if (path / MANIFEST).is_file():
                 rank_zero_info(f"the checkpoint {path} is replaced when the run is complete")
-            if not isinstance(model, TransformersModule) or model.model is not None:
-                _transformers_model(model)
+            module = _uncompiled(model)
+            if not isinstance(module, TransformersModule) or module.model is not None:
+                _transformers_model(module)
         with (
             self._with_callbacks(all_callbacks),
             self._temporary_journal(callback, distillation, output) as folder,
@@ -247,7 +248,7 @@ class Trainer(pl.Trainer):
             if distillation is not None:
                 self._recover(model, dataloaders, datamodule, distillation, result, folder)
             if output is not None:
-                self._save(output, model, datamodule, callback, result)
+                self._save(output, _uncompiled(model), datamodule, callback, result)
             self.strategy.barrier()
         return result
 
@@ -420,7 +421,7 @@ class Trainer(pl.Trainer):
         reloads: bool,
     ) -> None:
         """Evaluate the dense model if a pruning callback wants a baseline."""
-        module = model or self.lightning_module
+        module = self.lightning_module if model is None else _uncompiled(model)
         requesting = [
             callback
             for callback in pruning_callbacks(self.callbacks, stage)
@@ -433,6 +434,10 @@ class Trainer(pl.Trainer):
             results = evaluate(verbose=False)
             raise_if_terminated(self)
             observers = pruning_hooks(self)
+        # the weights of a checkpoint that was loaded may be pruned
+        requesting = [callback for callback in requesting if not callback.has_pruned(module)]
+        if not requesting:
+            return
         metrics = {name: value for part in results for name, value in part.items()}
         for hook in [*requesting, *observers]:
             hook.on_dense_evaluation_end(metrics)
@@ -456,11 +461,17 @@ def _checkpoint_size(module: LightningModule) -> int:
             return 0
         try:
             names = set(weight_files(folder).values())
+            return sum((folder / name).stat().st_size for name in names)
         except OSError:  # reported when the model is loaded
             return 0
-        return sum((folder / name).stat().st_size for name in names)
     parameters = list(pruning_target(module).parameters())
     return sum(p.numel() * p.element_size() + p.numel() // 8 for p in parameters)
+
+
+def _uncompiled(module: LightningModule) -> LightningModule:
+    """Return the module inside the wrapper of ``torch.compile``."""
+    original: LightningModule = getattr(module, "_orig_mod", module)
+    return original
 
 
 def _transformers_model(module: LightningModule) -> PreTrainedModel:

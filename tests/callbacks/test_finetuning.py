@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
+    LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
@@ -760,3 +761,72 @@ def test_a_fit_that_is_resumed_at_its_end_says_nothing(tmp_path):
         trainer(max_steps=2, callbacks=[sparse(), MaskedFinetuning()]).fit(
             module(), datamodule=data(), ckpt_path=tmp_path / "first.ckpt"
         )
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_averages_of_an_earlier_fit_are_pruned_with_the_module(tmp_path, order):
+    """Lightning evaluates and saves them in place of the module."""
+    tuned, pruning = module(), SymPrune("wanda", when="fit_end")
+    fitted = trainer(max_steps=4, limit_val_batches=None)
+    fitted.fit(tuned, datamodule=data(), callbacks=[EMAWeightAveraging(), pruning][::order])
+    fitted.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    reloaded = module()
+    reloaded.load_state_dict(state)
+    assert num_revived(reloaded.prunable_model, pruning.result.masks) == 0
+    assert num_revived(tuned.prunable_model, pruning.result.masks) == 0
+
+
+def test_an_evaluation_after_a_fit_with_averages_is_that_of_the_pruned_model():
+    tuned, pruning = module(), SymPrune("wanda", sparsity=0.8)
+    fitted = trainer(max_steps=4, limit_val_batches=None)
+    fitted.fit(tuned, datamodule=data(), callbacks=[EMAWeightAveraging(), pruning])
+    (measured,) = fitted.validate(tuned, datamodule=data(), verbose=False)
+    (expected,) = trainer(limit_val_batches=None).validate(tuned, datamodule=data(), verbose=False)
+    assert measured == expected
+    assert pruning.sparse_metrics == expected
+
+
+def test_a_fit_after_the_evaluation_of_a_checkpoint(tmp_path):
+    dense = trainer(max_steps=1)
+    dense.fit(module(), datamodule=data())
+    dense.save_checkpoint(tmp_path / "dense.ckpt")
+    tuned = module()
+    both = trainer(
+        max_steps=2, limit_val_batches=None, callbacks=[SymPrune("wanda"), MaskedFinetuning()]
+    )
+    both.validate(tuned, datamodule=data(), ckpt_path=tmp_path / "dense.ckpt", verbose=False)
+    both.fit(tuned, datamodule=data())
+    masked = next(c for c in both.callbacks if isinstance(c, MaskedFinetuning))
+    assert len(masked.masks) == 14
+    assert num_revived(tuned.prunable_model, masked.masks) == 0
+
+
+def test_masks_of_another_fit_are_not_kept():
+    pruning, masked = sparse(), MaskedFinetuning()
+    for seed in range(2):
+        tuned = Tuned(build("llama", seed).train())
+        trainer(max_steps=1).fit(
+            tuned,
+            datamodule=data(),
+            callbacks=[LearningRateFinder(num_training_steps=3), pruning, masked],
+        )
+        assert num_revived(tuned.prunable_model, masked.masks) == 0
+        for name, mask in masked.masks.items():
+            assert float(mask.float().mean()) == 0.5, name
+
+
+def test_a_gradual_fit_that_is_interrupted_before_it_prunes(tmp_path):
+    def gradual() -> list[Any]:
+        return [SymPrune("wanda", when=CubicSchedule(start=4, end=8)), MaskedFinetuning()]
+
+    first = trainer(max_steps=2)
+    with pytest.warns(PruningWarning, match="the fit ended"):
+        first.fit(module(), datamodule=data(), callbacks=gradual())
+    first.save_checkpoint(tmp_path / "early.ckpt")
+    resumed = module()
+    callbacks = gradual()
+    trainer(max_steps=10).fit(
+        resumed, datamodule=data(), ckpt_path=tmp_path / "early.ckpt", callbacks=callbacks
+    )
+    assert callbacks[0].result.is_applied_to(resumed.prunable_model)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from symprune_lightning import (
     CalibrationDataModule,
     MaskedFinetuning,
     PruneResult,
     PruningCallback,
+    PruningHooks,
     PruningMethod,
     RunOptions,
     SymPrune,
@@ -34,6 +38,7 @@ from tests.callbacks.examples import (
     text_data,
 )
 from tests.models import build
+from tests.texts import texts
 
 
 def zeros(model):
@@ -314,3 +319,59 @@ def test_hooks_of_the_stock_trainer(recorder_first):
     assert recorder.names == ["on_pruning_start", *by_layer, "on_pruning_end", *evaluation]
     layers = [name for name, _ in model.model.named_modules() if name in callback.result.masks]
     assert_records_the_run(recorder, layers, callback.result)
+
+
+class Aborts(pl.Callback):
+    """Ends an evaluation in its second batch."""
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 1:
+            raise RuntimeError("aborted")
+
+
+def test_an_aborted_evaluation_has_no_effect_on_the_next():
+    module, data = language_module(), text_data(evaluation={"a": texts(40), "b": texts(80)[40:]})
+    expected = quiet_trainer().validate(language_module(), data, verbose=False)
+    with pytest.raises(RuntimeError, match="aborted"):
+        quiet_trainer(callbacks=[Aborts()]).validate(module, data, verbose=False)
+    assert quiet_trainer().validate(module, data, verbose=False) == expected
+
+
+def test_a_compiled_module_is_evaluated_and_pruned_once():
+    module, callback = language_module(), SymPrune("wanda")
+    compiled = torch.compile(module, backend="eager")
+    trainer = quiet_trainer(callbacks=[callback])
+    trainer.validate(compiled, text_data(), verbose=False)
+    dense = dict(callback.dense_metrics)
+    assert callback.result.is_applied_to(module.prunable_model)
+    assert callback.has_pruned(compiled)
+    trainer.validate(compiled, text_data(), verbose=False)
+    assert callback.dense_metrics == dense != callback.sparse_metrics
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_processes_that_return_nothing_are_refused(strategy):
+    trainer = quiet_trainer(strategy=strategy, devices=2, callbacks=[SymPrune(baseline=False)])
+    with pytest.raises(Exception, match="return neither the weights nor the masks"):
+        trainer.validate(Regression(), loader(), verbose=False)
+
+
+def test_a_pruned_checkpoint_that_is_loaded_is_no_baseline(tmp_path):
+    module, callback = language_module(), SymPrune("wanda")
+    trainer = quiet_trainer(callbacks=[callback])
+    trainer.validate(module, text_data(), verbose=False)
+    trainer.save_checkpoint(tmp_path / "pruned.ckpt")
+    dense = dict(callback.dense_metrics)
+    trainer.validate(module, text_data(), ckpt_path=tmp_path / "pruned.ckpt", verbose=False)
+    assert callback.dense_metrics == dense
+    assert callback.sparse_metrics != dense
+
+
+def test_a_signal_after_the_last_layer_ends_the_run():
+    class Signals(pl.Callback, PruningHooks):
+        def on_pruning_end(self, result):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = quiet_trainer(callbacks=[SymPrune("wanda", baseline=False), Signals()])
+    with pytest.raises(SIGTERMException):
+        trainer.validate(language_module(), text_data(), verbose=False)

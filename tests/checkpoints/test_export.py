@@ -275,3 +275,12 @@ def test_a_link_to_nowhere_creates_its_target(tmp_path):
     prune_model(model, [], score="magnitude")
     export_model(model, link)
     assert (tmp_path / "later" / MANIFEST).is_file()
+
+
+def test_adapters_that_transformers_has_added_are_refused(tmp_path):
+    model = build("llama")
+    prune_model(model, batches())
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="transformers has added adapters to this LlamaForCausalLM"):
+        export_model(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

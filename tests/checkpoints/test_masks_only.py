@@ -198,3 +198,12 @@ def test_a_recorded_update_is_named(folders, tmp_path):
     )
     with pytest.raises(ValueError, match="MaskedCG changed the kept weights of"):
         pack_masks(tmp_path / "pruned", tmp_path / "copy")
+
+
+def test_the_checkpoint_itself_is_no_dense_model(folders, tmp_path, monkeypatch):
+    _, pruned = folders
+    monkeypatch.chdir(pruned.parent)
+    (tmp_path / "link").symlink_to(pruned)
+    for base in ("pruned", "./pruned", str(tmp_path / "link")):
+        with pytest.raises(ValueError, match="is the pruned checkpoint itself"):
+            pack_masks(pruned, tmp_path / "copy", base)

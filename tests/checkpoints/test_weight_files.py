@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -40,3 +42,11 @@ def test_a_truncated_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"all\.safetensors is damaged or truncated"):
         copy_tensor(tmp_path / "all.safetensors", "a", tmp_path / "one.safetensors")
     assert not (tmp_path / "one.safetensors").exists()
+
+
+def test_a_single_file_is_read_in_place_of_an_old_index(tmp_path):
+    """As transformers reads it, which leaves the index of an earlier save behind."""
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    index = {"weight_map": {"b": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weight_files.weight_files(tmp_path) == {"a": "model.safetensors"}

@@ -397,3 +397,17 @@ def test_a_killed_run_is_resumed_by_the_same_command(project, symprune, stream):
         for name, value in load_file(file).items():
             assert torch.equal(written[name], value), name
     assert not [path.name for path in project.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("command", "when"), [("test", "validate"), ("validate", "fit_start")])
+def test_an_evaluation_that_prunes_nothing_is_refused(command, when, project, symprune):
+    with pytest.raises(SystemExit, match=f"{command} prunes nothing with when='{when}'"):
+        symprune(command, "--config", "ria", *small(project), "--when", when)
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_the_result_of_an_evaluation_as_json(command, project, symprune, capsys):
+    symprune(command, "--config", "ria", *small(project), "--when", command, "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert result["dense"].keys() == result["pruned"].keys()
+    assert result["sparsity"] == pytest.approx(0.5, abs=0.02)

@@ -195,3 +195,18 @@ def test_a_text_file_without_empty_lines_is_one_text(tmp_path):
     message = r"one.txt has 1 texts; texts of a .txt file are separated by empty lines"
     with pytest.raises(ValueError, match=message):
         CalibrationDataModule(str(tmp_path / "one.txt"), tokenizer(), **SIZES).setup()
+
+
+def test_files_of_a_folder_have_the_texts_of_single_files(tmp_path):
+    """Paragraphs: a line of a wrapped text is no document."""
+    paragraphs = [text.replace(" ", "\n", 1) for text in texts(40)]
+    for name, part in (("a", paragraphs[:20]), ("b", paragraphs[20:])):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(part))
+    for source in (TextSource(str(tmp_path)), TextSource(str(tmp_path), data_files="*.txt")):
+        assert sorted(TextReader(source, 0, "the texts")) == sorted(paragraphs)
+
+
+def test_settings_of_a_path_are_text(tmp_path):
+    source = TextSource(path=tmp_path / "a.jsonl")
+    assert json.loads(json.dumps(source_settings(source)))["path"] == str(tmp_path / "a.jsonl")
+    assert json.dumps(source_settings(C4(path=tmp_path)))

@@ -258,3 +258,11 @@ def test_no_bits_per_byte_without_all_texts():
 def test_plain_windows_have_no_mask():
     rows = Windows(torch.zeros(2, 4, dtype=torch.long)).rows()
     assert [set(row) for row in rows] == [{"input_ids"}] * 2
+
+
+def test_special_tokens_in_front_of_a_text_are_not_counted():
+    ids = torch.tensor([[1, 2, 5, 6], [1, 2, 7, 8]])
+    windows = Windows(ids, prefix_length=2)
+    assert windows.targets.tolist() == [[-100, -100, 5, 6], [-100, -100, 7, 8]]
+    assert [row["labels"].tolist() for row in windows.rows()] == windows.targets.tolist()
+    assert "labels" not in Windows(ids, prefix_length=1).rows()[0]

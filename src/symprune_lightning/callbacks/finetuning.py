@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -98,8 +99,13 @@ class MaskedFinetuning(Callback, PruningHooks):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Record whether the checkpoint has masks."""
-        self._checkpoint_has_no_masks = not checkpoint["callbacks"].get(self.state_key)
+        """Record whether the checkpoint that a fit resumes from has masks.
+
+        Other calls restore callbacks, too, and so do tuners, before the first step.
+        """
+        resumes = trainer.state.fn == TrainerFn.FITTING and checkpoint["global_step"] > 0
+        has_masks = bool(checkpoint["callbacks"].get(self.state_key))
+        self._checkpoint_has_no_masks = resumes and not has_masks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies under which weights cannot be masked.
@@ -109,6 +115,9 @@ class MaskedFinetuning(Callback, PruningHooks):
         """
         refuse_strategies(self, trainer)
         self._fit = (trainer, pl_module) if stage == "fit" else None
+        if stage == "fit":  # before the state of a checkpoint is restored
+            self.masks = PackedMasks()
+            self._is_active = self._restored = self._checkpoint_has_no_masks = False
         self._new_results.clear()
 
     def on_pruning_end(self, result: PruneResult) -> None:
@@ -184,14 +193,15 @@ class MaskedFinetuning(Callback, PruningHooks):
             return load_masks(Path(source))
         if self._new_results and source is None:
             return {}  # merged by the caller
-        if self._checkpoint_has_no_masks and source is None:
+        is_gradual = prunes_gradually(trainer)
+        if self._checkpoint_has_no_masks and source is None and not is_gradual:
             raise ValueError(
                 f"the checkpoint {trainer.ckpt_path} has no masks of MaskedFinetuning: use "
                 f"MaskedFinetuning(masks='zeros') to infer them from the zeros in its weights, or "
                 f"masks=<file>"
             )
         masks = infer_masks(target)
-        if not masks and not self._new_results and not prunes_gradually(trainer):
+        if not masks and not self._new_results and not is_gradual:
             raise ValueError(
                 f"{type(target).__name__} has no layer with zeros to keep: prune it first, add "
                 f"SymPrune(when='fit_start') to the callbacks, or pass masks=<file>"

@@ -70,6 +70,17 @@ def refuse_strategies(callback: Callback, trainer: Trainer) -> None:
         )
 
 
+def refuse_spawned_processes(callback: Callback, trainer: Trainer) -> None:
+    """Raise ``ValueError`` for an evaluation in processes that return neither weights nor masks."""
+    launcher = type(trainer.strategy.launcher)
+    if "_MultiProcessingLauncher" in {cls.__name__ for cls in launcher.__mro__}:
+        raise ValueError(
+            f"{type(callback).__name__} would prune in processes that strategy='ddp_spawn', "
+            f"'ddp_fork' or 'ddp_notebook' starts for this evaluation, and that return neither the "
+            f"weights nor the masks: use strategy='ddp', or torchrun"
+        )
+
+
 def _is_strategy(trainer: Trainer, name: str) -> bool:
     """Return whether the strategy is of a class, of ``lightning`` or of ``pytorch_lightning``."""
     return name in {cls.__name__ for cls in type(trainer.strategy).__mro__}

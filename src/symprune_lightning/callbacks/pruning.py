@@ -25,13 +25,16 @@ from symprune_lightning.callbacks.integration import (
     calibration_loss,
     communicator_of,
     metrics_of,
+    refuse_spawned_processes,
     refuse_strategies,
     trainer_callbacks,
     transfer_batches,
+    weight_averages,
 )
 from symprune_lightning.callbacks.progress import print_summary, progress_hooks
 from symprune_lightning.callbacks.schedule import CubicSchedule
 from symprune_lightning.callbacks.termination import stop_on_sigterm
+from symprune_lightning.checkpoints.masks import apply_masks
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.prune import RunOptions
@@ -115,6 +118,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
         self.sparse_metrics: dict[str, float] = {}
         self._pruned_module: weakref.ref[LightningModule] | None = None
         self._resumed = False
+        self._called_module: weakref.ref[LightningModule] | None = None
         self._last_step = -1
         self._initial_sparsity: dict[str, float] | None = None
         self._is_done = False
@@ -144,7 +148,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether the checkpoint's weights are pruned, and the state of a schedule."""
-        if self.result is None and not self._resumed:
+        if not self._resumed and (self.result is None or not self._is_of_this_call):
             return {}
         return {
             "pruned": True,
@@ -158,8 +162,16 @@ class PruningCallback(Callback, PruningHooks, ABC):
         self._last_step = int(state_dict["step"])
         self._initial_sparsity = state_dict["initial_sparsity"]
 
+    @property
+    def _is_of_this_call(self) -> bool:
+        """Whether the module of the current or last call of the Trainer is the one pruned."""
+        if self._pruned_module is None or self._called_module is None:
+            return False
+        return self._pruned_module() is self._called_module()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pruned_module": None}  # weak references cannot be pickled
+        # weak references cannot be pickled
+        return {**self.__dict__, "_pruned_module": None, "_called_module": None}
 
     def has_pruned(self, module: LightningModule) -> bool:
         """Return whether this callback has pruned ``module`` and its pruned weights are still zero.
@@ -168,7 +180,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
         """
         if self.result is None or self._pruned_module is None:
             return False
-        if self._pruned_module() is not module:
+        if self._pruned_module() is not getattr(module, "_orig_mod", module):  # compiled
             return False
         return self.result.is_applied_to(pruning_target(module))
 
@@ -224,9 +236,13 @@ class PruningCallback(Callback, PruningHooks, ABC):
         """Refuse strategies under which layers cannot be read and written.
 
         Raises:
-            ValueError: The strategy is ``FSDPStrategy`` or ``DeepSpeedStrategy``.
+            ValueError: The strategy is ``FSDPStrategy`` or ``DeepSpeedStrategy``, or starts
+                processes that do not return the pruned model, as ``ddp_spawn`` does.
         """
         refuse_strategies(self, trainer)
+        if stage in ("validate", "test"):
+            refuse_spawned_processes(self, trainer)
+        self._called_module = weakref.ref(pl_module)
         self._is_done = False
         if stage == "fit":  # before the state of a checkpoint is restored
             self._last_step, self._resumed, self._initial_sparsity = -1, False, None
@@ -310,6 +326,12 @@ class PruningCallback(Callback, PruningHooks, ABC):
             self._is_done = True
             return
         result = self.run_pruning(trainer, module)
+        for average in weight_averages(trainer, module):
+            # Lightning evaluates and saves the averages of an earlier fit in place of the module
+            if stage == "fit_end":
+                apply_masks(pruning_target(average), result.masks)
+            elif stage != "fit_start":  # MaskedFinetuning masks them when training starts
+                average.load_state_dict(module.state_dict())
         if stage in ("fit_start", "fit_end"):  # callback_metrics belong to the dense model
             print_summary(trainer, result, self.dense_metrics, {})
 

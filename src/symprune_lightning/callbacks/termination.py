@@ -33,13 +33,14 @@ class StopOnSigterm(PruningHooks):
 
     def on_layer_pruned(self, report: LayerReport, mask: Tensor) -> None:
         """See `PruningHooks`."""
-        self._stop()
+        self.stop_if_received()
 
     def on_reconstruction_epoch(self, block: str, epoch: int, error: float) -> None:
         """See `PruningHooks`."""
-        self._stop()
+        self.stop_if_received()
 
-    def _stop(self) -> None:
+    def stop_if_received(self) -> None:
+        """Raise ``SIGTERMException`` if any rank has received the signal; a collective."""
         if self._communicator.all_reduce_max(int(self.received)):
             raise SIGTERMException(EXIT_CODE)
 
@@ -75,5 +76,6 @@ def stop_on_sigterm(trainer: Trainer, communicator: Communicator) -> Iterator[St
     previous = signal.signal(signal.SIGTERM, handle)
     try:
         yield observer
+        observer.stop_if_received()  # after the last layer
     finally:
         signal.signal(signal.SIGTERM, previous)

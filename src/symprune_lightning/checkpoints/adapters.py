@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.find import all_layers
-from symprune_lightning.engine.layers.names import is_adapted, is_peft_model, module_names
+from symprune_lightning.engine.layers.names import (
+    has_transformers_adapters,
+    is_adapted,
+    is_peft_model,
+    module_names,
+)
 
 
 @torch.no_grad()
@@ -38,7 +43,12 @@ def merge_adapters(model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
     peft_model: Any = model  # peft is no dependency
     if not callable(getattr(model, "merge_and_unload", None)):
         if not is_peft_model(model):
-            raise TypeError(f"{type(model).__name__} is no PeftModel: it has no adapters to merge")
+            advice = (
+                "load its adapters by peft, PeftModel.from_pretrained(model, adapters)"
+                if has_transformers_adapters(model)
+                else "it has no adapters to merge"
+            )
+            raise TypeError(f"{type(model).__name__} is no PeftModel: {advice}")
         raise ValueError(
             f"the adapter of this {type(model).__name__} changes no weights, as a prompt does not: "
             f"it cannot be merged"

@@ -28,7 +28,12 @@ from symprune_lightning.engine.coverage import record_coverage
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import PARTIAL, atomic_directory, hidden_sibling
-from symprune_lightning.engine.layers.names import COMPILED, is_peft_model, unwrapped
+from symprune_lightning.engine.layers.names import (
+    COMPILED,
+    has_transformers_adapters,
+    is_peft_model,
+    unwrapped,
+)
 from symprune_lightning.engine.result import LayerReport, PruneResult
 from symprune_lightning.errors import PruningWarning
 from symprune_lightning.functional.packing import PackedMasks
@@ -223,6 +228,12 @@ def _plain(
         raise TypeError(
             "a PeftModel is written without its base weights: merge the adapters first, "
             "merge_adapters(model)"
+        )
+    if has_transformers_adapters(plain):
+        raise TypeError(
+            f"transformers has added adapters to this {type(plain).__name__}, and would write them "
+            f"without the base weights: load them by peft, PeftModel.from_pretrained(model, "
+            f"adapters), and merge them, merge_adapters(model)"
         )
     if not isinstance(plain, PreTrainedModel):
         raise TypeError(f"{type(plain).__name__} is no model of transformers, which can be written")

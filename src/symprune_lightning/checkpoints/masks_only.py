@@ -153,7 +153,8 @@ def _base_of(source: Path, base: str | None) -> str:
         raise ValueError(f"{source} has no manifest that names a model: pass --base") from error
     if not model:
         raise ValueError(f"the manifest of {source} names no model: pass --base")
-    if local_folder(model) == source:
+    folder = local_folder(model)
+    if folder is not None and folder.resolve() == source:
         raise ValueError(f"{model} is the pruned checkpoint itself: pass the dense model (--base)")
     return model
 

@@ -26,7 +26,8 @@ def weight_files(folder: Path) -> dict[str, str]:
         FileNotFoundError: There are no weights in safetensors.
         ValueError: The index names a file outside the folder.
     """
-    if (folder / INDEX).is_file():
+    # like transformers, which leaves an index of an earlier save behind
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         files = dict(index["weight_map"])
         check_inside(files)

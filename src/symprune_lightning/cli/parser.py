@@ -83,6 +83,8 @@ class PruningCLI(LightningCLI):
         if self._get(self.config, "quiet") or self._get(self.config, "json"):
             trainer = self._get(self.config, "trainer")
             trainer.enable_progress_bar = trainer.enable_model_summary = False
+            if self.subcommand in ("validate", "test"):
+                self.config[self.subcommand].verbose = False  # Lightning's table of metrics
             logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
             warnings.simplefilter("ignore")
             bars: Any = transformers_logging  # without types
@@ -111,9 +113,17 @@ class PruningCLI(LightningCLI):
         """Refuse a callback that would have no effect.
 
         Raises:
-            ValueError: There is a ``Distillation`` callback.
+            ValueError: There is a ``Distillation`` callback, or no pruning callback prunes in this
+                command.
         """
-        refuse_distillation(self.trainer.callbacks, self.subcommand or "validate")
+        command = self.subcommand or "validate"
+        refuse_distillation(self.trainer.callbacks, command)
+        pruning = self._pruning_callbacks
+        if pruning and all(callback.when != command for callback in pruning):
+            raise ValueError(
+                f"symprune {command} prunes nothing with when={pruning[0].when!r}: use --when "
+                f"{command}"
+            )
 
     before_test = before_validate
 
@@ -138,7 +148,8 @@ class PruningCLI(LightningCLI):
         """Print the result, if a callback has pruned and evaluated the dense model."""
         for callback in self._pruning_callbacks:
             if self.trainer.is_global_zero and callback.result and callback.dense_metrics:
-                print(_as_text(callback))
+                as_json = self._get(self.config, "json")
+                print(_as_json(callback, None) if as_json else _as_text(callback))
 
     after_test = after_validate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from abc import ABC, abstractmethod
@@ -44,6 +45,9 @@ class WindowProtocol(ABC):
     name: str | None = None
     column: str = "text"
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", os.fspath(self.path))  # settings are written as JSON
 
     @abstractmethod
     def calibration_windows(

@@ -67,7 +67,9 @@ class TextReader:
     def __iter__(self) -> Iterator[Any]:
         if self._source is not None and self._source.joiner is not None:
             rows = (self._text_of(i, row) for i, row in enumerate(self._rows))
-            yield self._source.joiner.join(self._line(i, x) for i, x in enumerate(rows))
+            lines = [self._line(i, x) for i, x in enumerate(rows)]
+            self._num_read = len(lines)
+            yield self._source.joiner.join(lines)
             return
         for number, text in self._shuffled():
             self._num_read += 1

@@ -104,8 +104,13 @@ def _continue(
         ids = torch.cat([ids, token], 1)
         if ids.shape[1] == length:
             return ids
-        cache = output.past_key_values
-        output = forward(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:  # a model with another kind of cache, such as Mamba
+            output = forward(input_ids=ids, logits_to_keep=1)
+        else:
+            output = forward(
+                input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
 
 
 def _starts(
@@ -115,10 +120,15 @@ def _starts(
         if tokenizer is None:
             raise ValueError("prefixes need a tokenizer: pass tokenizer=<name of the model>")
         return [tuple(tokenizer(prefix)["input_ids"]) for prefix in source.prefixes]
-    config = model.config
+    text_config = model.config.get_text_config()
     # models without a beginning-of-sequence token separate texts by the end-of-sequence token
-    start = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
-    if not isinstance(start, int) or start >= config.get_text_config().vocab_size:
+    ids = [
+        getattr(config, name, None)
+        for name in ("bos_token_id", "eos_token_id")
+        for config in (model.config, text_config)
+    ]
+    start = next((token for token in ids if token is not None), None)
+    if not isinstance(start, int) or start >= text_config.vocab_size:
         raise ValueError(
             f"{type(model).__name__} has no beginning-of-sequence token to start from: pass "
             f"SelfText(prefixes=…)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class TextSource:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", os.fspath(self.path))  # settings are written as JSON
         if not isinstance(self.data_files, str):  # a list, as files of settings have it
             object.__setattr__(self, "data_files", tuple(self.data_files))
         if self._file_format is not None and (self.data_files or self.revision):
@@ -78,6 +80,17 @@ class TextSource:
         """The builder of ``datasets`` for a file; ``None`` for a folder or a hub name."""
         return next((FORMATS.get(x) for x in _suffixes(Path(self.path))), None)
 
+    def _are_text_files(self, folder: Path) -> bool:
+        """Return whether the files of a folder or hub dataset are ``.txt`` files, as far as known.
+
+        Their texts are paragraphs, as those of a single file are.
+        """
+        if self.data_files:
+            names = [self.data_files] if isinstance(self.data_files, str) else self.data_files
+            return all(_suffixes(Path(name)) == [".txt"] for name in names)
+        files = [x for x in folder.rglob("*") if x.is_file() and not x.name.startswith(".")]
+        return bool(files) and all(_suffixes(x) == [".txt"] for x in files)
+
     def load(self) -> Any:
         """Return the dataset.
 
@@ -87,10 +100,13 @@ class TextSource:
         """
         path = Path(self.path).expanduser()
         file_format = self._file_format
+        options: dict[str, Any]
         if file_format is None:
+            options = {"sample_by": "paragraph"} if self._are_text_files(path) else {}
             return datasets.load_dataset(
                 str(path) if path.exists() else self.path,
                 self.name,
+                **options,
                 split=self.split,
                 streaming=self.streaming,
                 data_files=self._files,
@@ -98,7 +114,7 @@ class TextSource:
             )
         if not path.is_file():
             raise FileNotFoundError(f"no text file at {path}")
-        options: dict[str, Any] = {}
+        options = {}
         if file_format == "text":
             options["sample_by"] = "paragraph"
         if ".tsv" in _suffixes(path):

@@ -41,6 +41,8 @@ class Windows:
             columns["attention_mask"] = self.mask.long()
         if self.labels is not None:
             columns["labels"] = self.labels
+        elif self.prefix_length > 1:  # the first token is never counted, further special ones are
+            columns["labels"] = self.targets
         return [
             dict(zip(columns, values, strict=True))
             for values in zip(*columns.values(), strict=True)
@@ -48,11 +50,11 @@ class Windows:
 
     @property
     def targets(self) -> Tensor:
-        """Token ids that are counted, ``-100`` for others; the first of a window never is."""
+        """Token ids that are counted, ``-100`` for others, such as the first of each window."""
         labels = self.ids if self.labels is None else self.labels
         if self.mask is not None:
             labels = labels.masked_fill(~self.mask, IGNORE_INDEX)
-        return labels.index_fill(1, torch.tensor([0]), IGNORE_INDEX)
+        return labels.index_fill(1, torch.arange(max(1, self.prefix_length)), IGNORE_INDEX)
 
     @property
     def text(self) -> Tensor:

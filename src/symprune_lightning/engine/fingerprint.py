@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -71,7 +72,7 @@ def _hash_batches(batches: Iterable[Any], communicator: Communicator) -> str:
     total = 0
     for i, batch in enumerate(batches):
         number = communicator.data_rank + i * communicator.data_world_size
-        leaves, structure = tree_flatten(batch)
+        leaves, structure = tree_flatten(_with_dicts(batch))
         digest = hashlib.sha256(f"{number} {structure}".encode())
         for leaf in leaves:
             digest.update(_leaf_bytes(leaf))
@@ -81,9 +82,20 @@ def _hash_batches(batches: Iterable[Any], communicator: Communicator) -> str:
     return f"{int(communicator.all_reduce_sum(torch.tensor([value], dtype=torch.float64))):x}"
 
 
+def _with_dicts(value: Any) -> Any:
+    """Return a batch with dicts in place of other mappings, which would be leaves."""
+    if isinstance(value, Mapping):
+        return {key: _with_dicts(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_with_dicts(item) for item in value)
+    return value
+
+
 def _leaf_bytes(leaf: Any) -> bytes:
+    if isinstance(leaf, np.ndarray) and leaf.dtype != object:
+        return f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes()
     if not isinstance(leaf, Tensor):
-        return repr(leaf).encode()
+        return _repr(leaf).encode()
     flat = leaf.detach().cpu().contiguous().flatten()
     header = f"{leaf.dtype} {tuple(leaf.shape)}".encode()
     return header + flat.view(torch.uint8).numpy().tobytes()

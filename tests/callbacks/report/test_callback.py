@@ -16,6 +16,7 @@ from symprune_lightning.callbacks.report.callback import format_metric
 from symprune_lightning.checkpoints.manifest import read_manifest
 from tests.models import build
 from tests.texts import texts, tokenizer
+from tests.trainers import TRAINER
 
 
 def run(folder, *callbacks, output="out", encoder=None, evaluation=None, **options):
@@ -161,3 +162,16 @@ def test_loggers_get_scalars_and_figures(tmp_path):
     assert "pruning/error" in board.Tags()["scalars"]
     assert len(board.Scalars("pruning/error")) == 14
     assert "pruning/error" in board.Tags()["images"]
+
+
+def test_a_second_evaluation_leaves_the_page(tmp_path):
+    data = CalibrationDataModule(
+        texts(), tokenizer(), sequences=4, sequence_length=16, evaluation_sequences=4
+    )
+    report = Report(folder=str(tmp_path), prompts=["w1"], new_tokens=2)
+    trainer = Trainer(**TRAINER, callbacks=[SymPrune(), report])
+    module = CausalLMModule(build("llama"))
+    trainer.validate(module, datamodule=data, verbose=False)
+    before = (tmp_path / "report.html").read_text()
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert (tmp_path / "report.html").read_text() == before

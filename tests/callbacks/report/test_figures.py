@@ -84,3 +84,9 @@ def test_a_line_for_each_kind_of_layer():
     assert [line.get_ydata().tolist() for line in lines] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
     legend = [text.get_text() for text in drawn["swaps"].legends[0].get_texts()]
     assert legend == ["attn.q", "mlp.up", "x.y"]
+
+
+def test_a_block_without_an_error():
+    blocks = [{"name": "a", "errors": [0.0, 0.0]}, {"name": "b", "errors": [0.2, 0.1]}]
+    layers = [{"name": "fc", "sparsity": 0.5, "error": None, "error_refined": None, "swaps": 0}]
+    assert "reconstruction" in figures(layers, {}, {}, {}, blocks)

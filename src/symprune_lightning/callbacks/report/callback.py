@@ -148,6 +148,9 @@ class Report(Callback, PruningHooks):
         """Generate samples, and write the page if it has its own folder."""
         if trainer.state.fn != TrainerFn.VALIDATING:
             return
+        pruning = pruning_callbacks(trainer_callbacks(trainer), "validate")
+        if self._result is None and any(callback.has_pruned(pl_module) for callback in pruning):
+            return  # pruned by an earlier call, which has written the page
         phase = "dense" if self._result is None else "pruned"
         self._is_finished = self._result is not None
         self._end_phase(f"evaluation, {phase}")

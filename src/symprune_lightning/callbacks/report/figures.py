@@ -218,7 +218,8 @@ def _reconstruction_plot(blocks: Sequence[Mapping[str, Any]]) -> Figure:
         color = colors(i / max(len(blocks) - 1, 1))
         ends = i in (0, len(blocks) - 1)
         label = block["name"] if ends else None
-        axes.plot([e / errors[0] for e in errors], color=color, linewidth=1, label=label)
+        before = errors[0] or 1.0  # 0 for a block of which no weight was pruned
+        axes.plot([e / before for e in errors], color=color, linewidth=1, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _describe_lines(axes, "epochs", "held-out error, relative", legend=True)
     return figure

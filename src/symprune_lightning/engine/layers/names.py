@@ -92,6 +92,11 @@ def is_peft_model(module: nn.Module) -> bool:
     return hasattr(module, "peft_config") and callable(getattr(module, "get_base_model", None))
 
 
+def has_transformers_adapters(module: nn.Module) -> bool:
+    """Return whether transformers itself has loaded or added adapters; no ``PeftModel`` then."""
+    return bool(getattr(module, "_hf_peft_config_loaded", False))
+
+
 def is_replaced(module: nn.Module) -> bool:
     """Return whether peft has replaced a module by a trained copy of it."""
     return type(module).__name__ == "ModulesToSaveWrapper"
