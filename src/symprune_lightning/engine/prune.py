@@ -281,7 +281,7 @@ def prune_with(
 def _set_initial_sparsity(result: PruneResult, known: Mapping[str, float] | None) -> None:
     """Replace the measured fractions of zeros by those before gradual pruning began."""
     if known is not None:
-        result.layers = [
+        result.layers[:] = [
             replace(report, initial_sparsity=known.get(report.name, report.initial_sparsity))
             for report in result.layers
         ]

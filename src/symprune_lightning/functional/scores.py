@@ -438,7 +438,8 @@ def _norm(magnitude: Tensor, p: float, dim: int) -> Tensor:
         return torch.ones((), dtype=magnitude.dtype, device=magnitude.device)
     if p == 1:
         return magnitude.sum(dim, keepdim=True)
-    return torch.linalg.vector_norm(magnitude, p, dim, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(magnitude, p, dim, keepdim=True)
+    return norm
 
 
 def _clamped(divisor: Tensor) -> Tensor:
