@@ -3,19 +3,20 @@
     python benchmarks/projection.py
 
 Prints the table of docs/scaling.md. Bytes and operations follow from the shapes of the models and
-from what the code does; the speed of the GPUs is assumed (the constants below). The part that can
-be measured here, that scoring takes a constant time per weight besides the forward, is checked
-against the rows of the growth table in docs/benchmarks.md.
+from what the code does; the speed of the GPUs is assumed (the constants below). What can be
+measured here, that pruning takes a constant time per weight and per activation besides the forward,
+is compared with the growth table in docs/benchmarks.md.
 
 RIA, order ``layer``, with FSDP2 (one GPU: in memory), per rank of n:
 
     time      2 · active weights · tokens / (n · FLOPS)           the forward
               + SCORING_BYTES · weights / (n · BANDWIDTH)         scores, selection and masks
+              + MOMENT_BYTES · tokens · inputs / (n · BANDWIDTH)  moments of the activations
               + traffic / link
     memory    2 · weights / n                                     bfloat16 shards
               + 2 · block                                         one unsharded block
               + tokens / n · 2 · (3 · hidden + intermediate)      the suspended batches
-              + 4 · 5 · 2²⁰                                       float32 copies of some rows
+              + 4 · 5 · min(largest layer, 2²⁶)                   float32 copies of some rows
     host      weights / 8                                         masks of the result, on each rank
     traffic   2 · weights · (n − 1) / n                           weights, gathered once
               + weights / 8 · (n − 1) / n                         masks, one bit each
@@ -28,7 +29,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tables import section
+import numpy as np
+
+from symprune_lightning.functional.tensors import WEIGHTS_AT_ONCE_ON_GPU
+from tables import log, section
 
 TOKENS = 128 * 2048
 FLOPS = 400e12
@@ -37,6 +41,8 @@ BANDWIDTH = 2e12
 """Bytes per second of GPU memory: 60 % of an H100's. Assumed."""
 SCORING_BYTES = 400
 """Bytes of GPU memory per weight for scores, selection and masks: 100 passes. Assumed."""
+MOMENT_BYTES = 14
+"""Bytes of GPU memory per activation for its moments: read in bfloat16, as float32, and squared."""
 NVLINK, NETWORK = 300e9, 40e9
 """Bytes per second and GPU within 8 GPUs, and between machines. Assumed."""
 GPU_MEMORY = 80e9
@@ -65,11 +71,10 @@ class Shape:
         """Return the weights of a block with this number of experts."""
         return self.attention + experts * 3 * self.hidden * self.intermediate
 
-    @property
-    def inputs(self) -> int:
-        """Channels of all measured inputs; q, k and v share one, and so do gate and up."""
+    def inputs(self, experts: int) -> int:
+        """Return the channels of the measured inputs: of q, k and v one, and of gate and up."""
         return self.layers * (
-            self.hidden + self.query + self.experts * (self.hidden + self.intermediate)
+            self.hidden + self.query + experts * (self.hidden + self.intermediate)
         )
 
 
@@ -84,10 +89,13 @@ def projected(shape: Shape, ranks: int) -> tuple[float, float, float]:
     """Return seconds, bytes of memory per GPU and bytes received per GPU."""
     weights, active = (shape.layers * shape.block(n) for n in (shape.experts, shape.active))
     others = (ranks - 1) / ranks
-    traffic = (2 + 1 / 8) * weights * others + (32 * shape.inputs if ranks > 1 else 0)
+    traffic = (2 + 1 / 8) * weights * others + (
+        32 * shape.inputs(shape.experts) if ranks > 1 else 0
+    )
     seconds = (
         2 * active * TOKENS / (ranks * FLOPS)
         + SCORING_BYTES * weights / (ranks * BANDWIDTH)
+        + MOMENT_BYTES * TOKENS * shape.inputs(shape.active) / (ranks * BANDWIDTH)
         + traffic / (NVLINK if ranks <= 8 else NETWORK)
     )
     embeddings = 2 * 2 * shape.vocabulary * shape.hidden
@@ -96,7 +104,7 @@ def projected(shape: Shape, ranks: int) -> tuple[float, float, float]:
         (2 * weights + embeddings) / ranks
         + (2 * shape.block(shape.experts) if ranks > 1 else 0)
         + TOKENS / ranks * 2 * (3 * shape.hidden + wide)
-        + 4 * 5 * 2**20
+        + 4 * 5 * min(shape.hidden * shape.intermediate, WEIGHTS_AT_ONCE_ON_GPU)
     )
     return seconds, memory, traffic
 
@@ -118,28 +126,27 @@ def rows() -> Iterator[list[str]]:
 
 
 def checks() -> Iterator[list[str]]:
-    """Yield measured and predicted costs of the growth table."""
+    """Yield measured costs of the growth table, and those of a fit with the formula's two terms.
+
+    Beside the forward: a time per weight, and a time per activation for its moments.
+    """
     lines = BENCHMARKS.read_text(encoding="utf-8").split("## Tokens, depth, width and experts")[1]
-    cells = [line.strip("| ").split(" | ") for line in lines.split("##")[0].splitlines()]
-    measured = [
-        (int(c[0].replace(",", "")), float(c[1].split()[0]) * 1e6, float(c[5]), float(c[7]))
-        for c in cells
-        if len(c) > 7 and c[0].replace(",", "").isdigit() and c[4] == "1"
-    ]
-    # the longest run, where the rounding of the table matters least
-    _, weights, forward, ratio = max(measured, key=lambda row: row[2] * (row[3] - 1))
-    per_weight = forward * (ratio - 1) / weights
-    for tokens, weights, forward, ratio in measured:
-        predicted = 1 + per_weight * weights / forward
-        overhead = f"{(predicted - 1) / (ratio - 1):.2f}" if ratio > 1 else "–"
-        yield [
-            f"{tokens:,}",
-            f"{weights / 1e6:.0f} M",
-            f"{ratio:.2f}",
-            f"{predicted:.2f}",
-            f"{predicted / ratio:.2f}",
-            overhead,
-        ]
+    table = [line.strip("| ").split(" | ") for line in lines.split("##")[0].splitlines()]
+    rows = [c for c in table if len(c) > 7 and c[0].replace(",", "").isdigit() and c[4] == "1"]
+    tokens, weights, hidden, layers = (
+        np.array([float(c[i].replace(",", "").removesuffix(" M")) for c in rows]) for i in range(4)
+    )
+    forward, measured = (np.array([float(c[i]) for c in rows]) for i in (5, 6))
+    activations = tokens * layers * hidden * (3 + 8 / 3)  # three inputs, and the intermediate one
+    terms = np.stack([weights * 1e6, activations], 1)
+    # relative to the measured time, so that short runs count as much as long ones
+    coefficients, *_ = np.linalg.lstsq(
+        terms / measured[:, None], (measured - forward) / measured, rcond=None
+    )
+    predicted = forward + terms @ coefficients
+    log(f"ns per weight and per activation: {coefficients * 1e9}")
+    for row, before, after in zip(rows, measured, predicted, strict=True):
+        yield [*row[:4], f"{before:.1f}", f"{after:.1f}", f"{after / before:.2f}"]
 
 
 def main() -> None:
@@ -161,15 +168,9 @@ def main() -> None:
     )
     section(
         "Check",
-        "The same formula with the time per weight of the longest run of the growth table.",
-        (
-            "tokens",
-            "weights",
-            "measured, × forward",
-            "predicted",
-            "predicted / measured",
-            "of the part above 1",
-        ),
+        "The measured times of the growth table, and the forward plus a fit of two terms: a time "
+        "per weight and a time per activation.",
+        ("tokens", "weights", "hidden", "layers", "measured, s", "fit, s", "fit / measured"),
         checks(),
     )
 
