@@ -338,7 +338,7 @@ def test_the_report_shows_the_recovered_model(tmp_path):
         callbacks=[callback, Distillation(top_k=8), Report(prompts=[])],
     )
     page = (tmp_path / "out" / "report.html").read_text()
-    assert f"{callback.sparse_metrics['val_perplexity']:.4f}" in page
+    assert f"{callback.sparse_metrics['val_perplexity']:.2f}" in page
     assert (tmp_path / "out" / "symprune" / "scores.png").exists()
     manifest = json.loads((tmp_path / "out" / "sparsity_manifest.json").read_text())
     assert manifest["metrics"]["pruned"] == callback.sparse_metrics

@@ -779,8 +779,9 @@ def test_averages_of_an_earlier_fit_are_pruned_with_the_module(tmp_path, order):
 
 def test_an_evaluation_after_a_fit_with_averages_is_that_of_the_pruned_model():
     tuned, pruning = module(), SymPrune("wanda", sparsity=0.8)
-    fitted = trainer(max_steps=4, limit_val_batches=None)
-    fitted.fit(tuned, datamodule=data(), callbacks=[EMAWeightAveraging(), pruning])
+    callbacks = [EMAWeightAveraging(), pruning]
+    fitted = trainer(max_steps=4, limit_val_batches=None, callbacks=callbacks)
+    fitted.fit(tuned, datamodule=data())
     (measured,) = fitted.validate(tuned, datamodule=data(), verbose=False)
     (expected,) = trainer(limit_val_batches=None).validate(tuned, datamodule=data(), verbose=False)
     assert measured == expected

@@ -330,7 +330,7 @@ class Aborts(pl.Callback):
 
 
 def test_an_aborted_evaluation_has_no_effect_on_the_next():
-    module, data = language_module(), text_data(evaluation={"a": texts(40), "b": texts(80)[40:]})
+    module, data = language_module(), text_data(evaluation={"a": None, "b": texts(80)[40:]})
     expected = quiet_trainer().validate(language_module(), data, verbose=False)
     with pytest.raises(RuntimeError, match="aborted"):
         quiet_trainer(callbacks=[Aborts()]).validate(module, data, verbose=False)

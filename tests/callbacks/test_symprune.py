@@ -99,6 +99,8 @@ def test_shared_defaults_agree():
     )
     options = RunOptions()
     for name, value in vars(options).items():
+        if name == "initial_sparsity":  # for callbacks that prune gradually
+            continue
         assert function[name] == value, name
     resolved = PruningMethod.resolve(**{name: function[name] for name in settings})
     assert resolved == method

@@ -280,7 +280,8 @@ def test_a_link_to_nowhere_creates_its_target(tmp_path):
 def test_adapters_that_transformers_has_added_are_refused(tmp_path):
     model = build("llama")
     prune_model(model, batches())
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    # what model.add_adapter sets, which needs another version of peft than that of the tests
+    model._hf_peft_config_loaded = True
     with pytest.raises(TypeError, match="transformers has added adapters to this LlamaForCausalLM"):
         export_model(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -39,7 +39,7 @@ def test_unknown_options_are_refused_before_anything_is_imported(argument, messa
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert f"symprune: {message}" in run.stderr
     assert "| torch" not in run.stderr
-    assert run.returncode == 1
+    assert run.returncode == 2
 
 
 def test_an_unknown_recipe_is_refused_before_anything_is_imported():

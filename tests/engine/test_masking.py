@@ -7,7 +7,7 @@ import torch
 
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.prune import prune_model
-from symprune_lightning.functional import masks
+from symprune_lightning.functional import tensors
 from tests.models import batches, build
 
 METHODS = {
@@ -39,7 +39,7 @@ def run(method, **options):
 @pytest.mark.parametrize("method", METHODS)
 def test_chunks_do_not_matter(method, monkeypatch):
     whole_model, whole = run(method)
-    monkeypatch.setattr(masks, "WEIGHTS_AT_ONCE", 100)
+    monkeypatch.setattr(tensors, "WEIGHTS_AT_ONCE", 100)
     model, result = run(method)
     assert result.masks == whole.masks
     for a, b in zip(model.parameters(), whole_model.parameters(), strict=True):
@@ -54,7 +54,7 @@ def test_chunks_do_not_matter(method, monkeypatch):
 def test_scores_are_observed_whole(method, monkeypatch):
     whole = Scores()
     run(method, hooks=[whole])
-    monkeypatch.setattr(masks, "WEIGHTS_AT_ONCE", 100)
+    monkeypatch.setattr(tensors, "WEIGHTS_AT_ONCE", 100)
     hook = Scores()
     _, result = run(method, hooks=[hook])
     assert hook.scored.keys() == result.masks.keys()
@@ -64,7 +64,7 @@ def test_scores_are_observed_whole(method, monkeypatch):
 
 
 def test_already_zero_weights_in_one_chunk(monkeypatch):
-    monkeypatch.setattr(masks, "WEIGHTS_AT_ONCE", 100)
+    monkeypatch.setattr(tensors, "WEIGHTS_AT_ONCE", 100)
     model = torch.nn.Sequential(torch.nn.Linear(20, 30))
     with torch.no_grad():
         model[0].weight[7, :15] = 0

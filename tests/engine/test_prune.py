@@ -427,7 +427,7 @@ def test_batches_with_labels_are_explained():
         (3, "int"),
         (None, "NoneType"),
         (np.zeros((4, 16), dtype=np.float32), "ndarray"),
-        (["a text", "another"], r"list\\[str\\]"),
+        (["a text", "another"], r"list\[str\]"),
     ],
 )
 def test_batches_without_tensors_are_explained(batch, kind):

@@ -90,7 +90,8 @@ class BlockLines(PruningHooks):
     def on_resume(self, folder: Path, layers: Sequence[str]) -> None:
         """See `PruningHooks`."""
         self._restored = set(layers)
-        self._console.print(resume_line(folder, len(layers), self._total), highlight=False)
+        line = resume_line(folder, len(layers), self._total)
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def on_layer_pruned(self, report: LayerReport, mask: Tensor) -> None:
         """See `PruningHooks`."""

@@ -254,7 +254,9 @@ class PruningCallback(Callback, PruningHooks, ABC):
         ``MaskedFinetuning`` trains pruned weights again.
         """
         own = "fit" if isinstance(self.when, CubicSchedule) else self.when.partition("_")[0]
-        if stage == own and not self._is_done and not self._resumed:
+        # a schedule may begin later than the fit ends, of which _check_schedule warns
+        has_run = isinstance(self.when, CubicSchedule) and trainer.global_step > 0
+        if stage == own and not self._is_done and not self._resumed and not has_run:
             warn(
                 f"{type(self).__name__}(when={self.when!r}) pruned nothing in this {own}: no "
                 f"batch was run (an empty loader, or a limit of 0 batches)"

@@ -36,12 +36,10 @@ from symprune_lightning.engine.layers.select import decoder_blocks
 from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.functional.packing import PackedMasks
 
-AUXILIARY_FILES = (
-    *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe"),
-    "*.py",
-)
-"""Files that are copied to the output: configuration, tokenizer, and custom code that the
-configuration may refer to."""
+AUXILIARY_FILES = [
+    f"*.{x}" for x in ["json", "txt", "model", "jinja", "tiktoken", "spm", "bpe", "py"]
+]
+"""Files that are copied to the output: configuration, tokenizer, custom code of the model."""
 
 
 class StreamedCheckpoint(WeightPlacement):

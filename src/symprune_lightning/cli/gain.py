@@ -198,9 +198,7 @@ def _measured(
     seconds = {}
     for tokens in TOKENS:
         inputs = {w.shape[1]: torch.randn(w.shape[1], tokens).to(w) for w in weights}
-        products = [
-            (new, inputs[old.shape[1]]) for new, old in zip(converted, weights, strict=True)
-        ]
+        products = [(x, inputs[w.shape[1]]) for x, w in zip(converted, weights, strict=True)]
         seconds[tokens] = _fastest_pass(products, multiply)
     return Speed(runtime, seconds, sum(_memory(weight) for weight in converted))
 

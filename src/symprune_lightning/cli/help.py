@@ -114,24 +114,30 @@ def section(text: str, topic: str) -> str:
     return "".join(lines[start : start + 1 + length])
 
 
+class UsageError(ValueError):
+    """A mistake in the command line; the exit code is 2, as for those that the parser finds."""
+
+
 def check_options(arguments: Sequence[str]) -> None:
     """Refuse an option whose first component is unknown, before torch is imported.
 
     Raises:
-        ValueError: There is no such option.
+        UsageError: There is no such option.
 
     Examples:
         >>> check_options(["--sparsity", "0.5", "--data.sequences=16"])
-        >>> check_options(["--sparsty", "0.5"])
-        Traceback (most recent call last):
-        ValueError: there is no option --sparsty: did you mean --sparsity?
+        >>> try:
+        ...     check_options(["--sparsty", "0.5"])
+        ... except UsageError as error:
+        ...     print(error)
+        there is no option --sparsty: did you mean --sparsity?
     """
     known = [*METHOD, *OPTIONS]
     for argument in arguments:
         match = re.match(r"--(\w+)[^\s=]*(?:=|$)", argument)  # an option; a text may begin like one
         if match is not None and match[1] not in known:
             close = suggestion(f"--{match[1]}", [f"--{name}" for name in known])
-            raise ValueError(f"there is no option --{match[1]}{close or '; see --help all'}")
+            raise UsageError(f"there is no option --{match[1]}{close or '; see --help all'}")
 
 
 def suggestion(name: str, known: list[str]) -> str:

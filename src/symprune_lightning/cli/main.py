@@ -17,6 +17,7 @@ from symprune_lightning.cli.help import (
     PRUNE_HELP,
     SUMMARIES,
     TOPICS,
+    UsageError,
     check_options,
     section,
     suggestion,
@@ -117,6 +118,9 @@ def main() -> None:
         advice = "; rerun the same command to resume" * resumes
         print(f"symprune: interrupted{advice}", file=sys.stderr)
         sys.exit(code)
+    except UsageError as error:
+        print(f"symprune: {error}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         if os.environ.get("SYMPRUNE_TRACEBACK"):
             raise
