@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -43,6 +44,26 @@ USER_ERRORS = (
 """Errors that are reported without a traceback."""
 
 
+LIGHTNING_LOG = "lightning.pytorch.utilities.rank_zero"
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not ("Tip:" in message[:8] and "litlogger" in message)
+
+
+def _silence(arguments: list[str]) -> None:
+    """Silence what Lightning and other packages print before the parser reads ``--quiet``."""
+    # an advertisement of another package, printed for each Trainer
+    logging.getLogger(LIGHTNING_LOG).addFilter(_is_no_advertisement)
+    if "--quiet" not in arguments and "--json" not in arguments:
+        return
+    for name in (LIGHTNING_LOG, "lightning.fabric.utilities.seed"):  # "Seed set to 0"
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if "tqdm" not in sys.modules:  # read when it is imported: the bar of .gguf files has no switch
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
 def _lightning(command: str, arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         _print_help(command, arguments)
@@ -74,6 +95,7 @@ def _print_help(command: str, arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    _silence(arguments)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help", *arguments[2:]]
     if arguments[:1] in ([], ["--help"], ["-h"]):

@@ -90,9 +90,6 @@ class PruningCLI(LightningCLI):
             bars: Any = transformers_logging  # without types
             bars.disable_progress_bar()
             datasets.disable_progress_bars()
-        # an advertisement of another package, printed for each Trainer
-        lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        lightning_log.addFilter(_is_no_advertisement)
 
     def instantiate_classes(self) -> None:
         """Instantiate model, data and Trainer; errors of constructors are raised unchanged."""
@@ -249,11 +246,6 @@ def _as_text(callback: PruningCallback) -> str:
     if result.sparse_start:
         lines.append(f"note: {result.sparse_start}")
     return "\n".join(lines)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return not ("Tip:" in message[:8] and "litlogger" in message)
 
 
 def _as_json(callback: PruningCallback, output: str | None) -> str:
