@@ -44,9 +44,6 @@ USER_ERRORS = (
 """Errors that are reported without a traceback."""
 
 
-LIGHTNING_LOG = "lightning.pytorch.utilities.rank_zero"
-
-
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     return not ("Tip:" in message[:8] and "litlogger" in message)
@@ -55,11 +52,10 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 def _silence(arguments: list[str]) -> None:
     """Silence what Lightning and other packages print before the parser reads ``--quiet``."""
     # an advertisement of another package, printed for each Trainer
-    logging.getLogger(LIGHTNING_LOG).addFilter(_is_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     if "--quiet" not in arguments and "--json" not in arguments:
         return
-    for name in (LIGHTNING_LOG, "lightning.fabric.utilities.seed"):  # "Seed set to 0"
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.ERROR)  # "Seed set to 0"
     if "tqdm" not in sys.modules:  # read when it is imported: the bar of .gguf files has no switch
         os.environ.setdefault("TQDM_DISABLE", "1")
 
