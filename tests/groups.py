@@ -29,10 +29,14 @@ def run_trainers(worker: Callable[..., None], size: int, folder: Path, *args: An
 
     ``Trainer(devices=size)`` then takes part in the run, and makes the process group itself.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_launch, args=(worker, size, port, folder, args), nprocs=size)
+    multiprocessing.spawn(_launch, args=(worker, size, free_port(), folder, args), nprocs=size)
+
+
+def free_port() -> int:
+    """Return a port of this machine that is free at the moment."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
 def _launch(

@@ -24,6 +24,7 @@ from symprune_lightning.data.windows import WindowDataset, is_counted, num_repli
 from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.distributed.sharding import shard_model_
 from symprune_lightning.engine.forward.calibration import logits_of
+from symprune_lightning.engine.layers.names import uncompiled
 from symprune_lightning.engine.layers.select import decoder_blocks, prunable_layers
 from symprune_lightning.functional.distillation import TeacherTokens, distillation_loss
 from symprune_lightning.functional.schedule import warmup_cosine
@@ -460,8 +461,7 @@ def pruning_target(module: nn.Module) -> nn.Module:
     wrapper of ``torch.compile``; else the LightningModule itself.
     """
     target: nn.Module = getattr(module, "prunable_model", module)
-    original: nn.Module = getattr(target, "_orig_mod", target)
-    return original
+    return uncompiled(target)
 
 
 def _bits_per_byte(

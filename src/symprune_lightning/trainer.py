@@ -44,6 +44,7 @@ from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import hidden_sibling
+from symprune_lightning.engine.layers.names import uncompiled
 from symprune_lightning.engine.result import PruneResult
 from symprune_lightning.errors import PruningWarning
 from symprune_lightning.module import CausalLMModule, TransformersModule, pruning_target
@@ -224,12 +225,12 @@ class Trainer(pl.Trainer):
         distillation = find_distillation(all_callbacks)
         if distillation is not None:
             distillation.check_data(self, datamodule)
+        module = uncompiled(model)
         if output is not None:
-            path = check_destination(output, _checkpoint_size(_uncompiled(model)))
+            path = check_destination(output, _checkpoint_size(module))
             name_unfinished(path)
             if (path / MANIFEST).is_file():
                 rank_zero_info(f"the checkpoint {path} is replaced when the run is complete")
-            module = _uncompiled(model)
             if not isinstance(module, TransformersModule) or module.model is not None:
                 _transformers_model(module)
         with (
@@ -248,7 +249,7 @@ class Trainer(pl.Trainer):
             if distillation is not None:
                 self._recover(model, dataloaders, datamodule, distillation, result, folder)
             if output is not None:
-                self._save(output, _uncompiled(model), datamodule, callback, result)
+                self._save(output, module, datamodule, callback, result)
             self.strategy.barrier()
         return result
 
@@ -383,7 +384,7 @@ class Trainer(pl.Trainer):
             tokenizer = datamodule.tokenizer
         state = full_state_dict(model)
         Communicator.from_default_group().on_rank_zero(
-            lambda: save_checkpoint(output, model, tokenizer, manifest, result.masks, state)
+            lambda: str(save_checkpoint(output, model, tokenizer, manifest, result.masks, state))
         )
         if self.is_global_zero:
             self._notify_saved(output, manifest)
@@ -421,7 +422,7 @@ class Trainer(pl.Trainer):
         reloads: bool,
     ) -> None:
         """Evaluate the dense model if a pruning callback wants a baseline."""
-        module = self.lightning_module if model is None else _uncompiled(model)
+        module = self.lightning_module if model is None else uncompiled(model)
         requesting = [
             callback
             for callback in pruning_callbacks(self.callbacks, stage)
@@ -466,12 +467,6 @@ def _checkpoint_size(module: LightningModule) -> int:
             return 0
     parameters = list(pruning_target(module).parameters())
     return sum(p.numel() * p.element_size() + p.numel() // 8 for p in parameters)
-
-
-def _uncompiled(module: LightningModule) -> LightningModule:
-    """Return the module inside the wrapper of ``torch.compile``."""
-    original: LightningModule = getattr(module, "_orig_mod", module)
-    return original
 
 
 def _transformers_model(module: LightningModule) -> PreTrainedModel:

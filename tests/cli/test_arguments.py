@@ -11,10 +11,9 @@ import pytest
 
 from symprune_lightning import C4, SymPrune, TextSource
 from symprune_lightning.callbacks.pruning import find_pruning_callback
-from symprune_lightning.cli.arguments import expand
-from symprune_lightning.cli.help import METHOD, OPTIONS, PRUNE_HELP, SUMMARIES, check_options
+from symprune_lightning.cli.arguments import check_arguments, expand
+from symprune_lightning.cli.help import METHOD, OPTIONS, PRUNE_HELP, SUMMARIES
 from symprune_lightning.cli.parser import instantiate
-from symprune_lightning.cli.recipes import check_recipes
 from symprune_lightning.functional.refiners import ExactSwap
 from tests.cli.commands import small
 from tests.texts import texts
@@ -51,14 +50,14 @@ def test_an_unknown_recipe_is_refused_before_anything_is_imported():
 
 
 def test_texts_that_begin_like_an_option_are_values():
-    check_options(
-        ["--trainer.callbacks+=Report", "--ignore+", "a", "-c", "x", "--a text, no option"]
+    check_arguments(
+        ["--trainer.callbacks+=Report", "--ignore+", "a", "-c", "ria", "--a text, no option"]
     )
 
 
 def test_a_recipe_is_missing():
     with pytest.raises(ValueError, match="--config needs the name of a recipe"):
-        check_recipes(["--sparsity", "0.5", "--config"])
+        check_arguments(["--sparsity", "0.5", "--config"])
 
 
 def test_short_options_are_settings_of_the_method(project):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 
 from symprune_lightning import load_masks
 from tests.cli.commands import small
+from tests.groups import free_port
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
@@ -39,12 +39,6 @@ def namespaces() -> Iterator[list[str]]:
 
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def torchrun(

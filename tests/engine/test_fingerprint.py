@@ -1,4 +1,4 @@
-"""What must agree for an interrupted run to be resumed."""
+"""Fingerprints of runs, which decide whether a run can be resumed."""
 
 from __future__ import annotations
 

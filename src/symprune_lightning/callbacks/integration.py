@@ -62,7 +62,9 @@ def tokenizer_of(trainer: Trainer) -> Tokenizer | None:
 
 def refuse_strategies(callback: Callback, trainer: Trainer) -> None:
     """Raise ``ValueError`` under a strategy that flattens or partitions the weights."""
-    if _is_strategy(trainer, "FSDPStrategy") or _is_strategy(trainer, "DeepSpeedStrategy"):
+    if _is_instance(trainer.strategy, "FSDPStrategy") or _is_instance(
+        trainer.strategy, "DeepSpeedStrategy"
+    ):
         raise ValueError(
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which "
             f"flattens or partitions the weights: use strategy='ddp', or ModelParallelStrategy "
@@ -72,8 +74,7 @@ def refuse_strategies(callback: Callback, trainer: Trainer) -> None:
 
 def refuse_spawned_processes(callback: Callback, trainer: Trainer) -> None:
     """Raise ``ValueError`` for an evaluation in processes that return neither weights nor masks."""
-    launcher = type(trainer.strategy.launcher)
-    if "_MultiProcessingLauncher" in {cls.__name__ for cls in launcher.__mro__}:
+    if _is_instance(trainer.strategy.launcher, "_MultiProcessingLauncher"):
         raise ValueError(
             f"{type(callback).__name__} would prune in processes that strategy='ddp_spawn', "
             f"'ddp_fork' or 'ddp_notebook' starts for this evaluation, and that return neither the "
@@ -81,17 +82,17 @@ def refuse_spawned_processes(callback: Callback, trainer: Trainer) -> None:
         )
 
 
-def _is_strategy(trainer: Trainer, name: str) -> bool:
-    """Return whether the strategy is of a class, of ``lightning`` or of ``pytorch_lightning``."""
-    return name in {cls.__name__ for cls in type(trainer.strategy).__mro__}
+def _is_instance(value: object, name: str) -> bool:
+    """Return whether a value is of a class, of ``lightning`` or of ``pytorch_lightning``."""
+    return name in {cls.__name__ for cls in type(value).__mro__}
 
 
 def communicator_of(trainer: Trainer) -> Communicator:
     """Return the communicator of the Trainer's ranks."""
     strategy: Any = trainer.strategy
-    if not _is_strategy(trainer, "ParallelStrategy") or trainer.world_size == 1:
+    if not _is_instance(trainer.strategy, "ParallelStrategy") or trainer.world_size == 1:
         return SINGLE_PROCESS
-    if _is_strategy(trainer, "ModelParallelStrategy"):
+    if _is_instance(trainer.strategy, "ModelParallelStrategy"):
         # tensor-parallel ranks that hold shards of the same layers run the same batches
         sampler = strategy.distributed_sampler_kwargs
         return Communicator.from_default_group(sampler["rank"], sampler["num_replicas"])

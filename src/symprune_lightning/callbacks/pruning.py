@@ -36,6 +36,7 @@ from symprune_lightning.callbacks.schedule import CubicSchedule
 from symprune_lightning.callbacks.termination import stop_on_sigterm
 from symprune_lightning.checkpoints.masks import apply_masks
 from symprune_lightning.engine.hooks import PruningHooks
+from symprune_lightning.engine.layers.names import uncompiled
 from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.prune import RunOptions
 from symprune_lightning.engine.result import PruneResult
@@ -148,7 +149,8 @@ class PruningCallback(Callback, PruningHooks, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether the checkpoint's weights are pruned, and the state of a schedule."""
-        if not self._resumed and (self.result is None or not self._is_of_this_call):
+        called = None if self._called_module is None else self._called_module()
+        if not self._resumed and (called is None or not self._is_result_of(called)):
             return {}
         return {
             "pruned": True,
@@ -162,12 +164,11 @@ class PruningCallback(Callback, PruningHooks, ABC):
         self._last_step = int(state_dict["step"])
         self._initial_sparsity = state_dict["initial_sparsity"]
 
-    @property
-    def _is_of_this_call(self) -> bool:
-        """Whether the module of the current or last call of the Trainer is the one pruned."""
-        if self._pruned_module is None or self._called_module is None:
+    def _is_result_of(self, module: LightningModule) -> bool:
+        """Return whether ``result`` is that of a module, whose weights may have changed since."""
+        if self.result is None or self._pruned_module is None:
             return False
-        return self._pruned_module() is self._called_module()
+        return self._pruned_module() is uncompiled(module)
 
     def __getstate__(self) -> dict[str, Any]:
         # weak references cannot be pickled
@@ -178,9 +179,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
 
         They may not be after dense weights were loaded, or after a fit that does not keep zeros.
         """
-        if self.result is None or self._pruned_module is None:
-            return False
-        if self._pruned_module() is not getattr(module, "_orig_mod", module):  # compiled
+        if self.result is None or not self._is_result_of(module):
             return False
         return self.result.is_applied_to(pruning_target(module))
 
@@ -347,11 +346,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
 
     def _check_zeros(self, module: LightningModule) -> None:
         """Compare the weights with the result at the end of a fit."""
-        if (
-            self.result is None
-            or self._pruned_module is None
-            or self._pruned_module() is not module
-        ):
+        if self.result is None or not self._is_result_of(module):
             return
         if not self.result.is_applied_to(pruning_target(module)):
             warn(

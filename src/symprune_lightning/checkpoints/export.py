@@ -209,10 +209,10 @@ def export_model(
     )
     manifest["initial_sparsity"] = None  # not known
     state, communicator = full_state_dict(model), Communicator.from_default_group()
-    communicator.on_rank_zero(
-        lambda: save_checkpoint(output, model, tokenizer, manifest, masks, state)
+    path = communicator.on_rank_zero(
+        lambda: str(save_checkpoint(output, model, tokenizer, manifest, masks, state))
     )
-    return Path(output).expanduser().resolve()
+    return Path(path)
 
 
 def _plain(

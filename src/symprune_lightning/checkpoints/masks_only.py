@@ -117,12 +117,12 @@ def restore_from_masks(
     if trust_remote_code and base is None:
         raise ValueError(
             f"trust_remote_code would run code of {pointer['model']}, which {source / INFO} names: "
-            f"pass the model that you trust (pack: --base, apply: --model)"
+            f"pass the model that you trust (--model)"
         )
     commit = f" It was commit {pointer['revision']}." if pointer.get("revision") else ""
     advice = (
         f"either the masks are damaged, or this is another model or version than the one that was "
-        f"pruned: pass that one (pack: --base, apply: --model).{commit}"
+        f"pruned: pass that one (--model).{commit}"
     )
     with atomic_directory(path) as tmp:
         copy_others(source, tmp, {INFO})

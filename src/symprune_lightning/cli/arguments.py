@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import yaml
 
-from symprune_lightning.cli.help import suggestion
+from symprune_lightning.cli.help import METHOD, OPTIONS, UsageError, suggestion
+from symprune_lightning.cli.recipes import resolve_recipes
 
 SOURCES = ("--data.dataset", "--data.evaluation")
 
@@ -85,6 +86,29 @@ def _split(arguments: Sequence[str], method: Collection[str]) -> Iterator[str]:
             yield from (name, value)
         else:
             yield argument
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse recipes and first components of options that are unknown, before torch is imported.
+
+    Raises:
+        UsageError: There is no such option.
+        ValueError: There is no such file or recipe.
+
+    Examples:
+        >>> check_arguments(["--sparsity", "0.5", "--data.sequences=16"])
+        >>> try:
+        ...     check_arguments(["--sparsty", "0.5"])
+        ... except UsageError as error:
+        ...     print(error)
+        there is no option --sparsty: did you mean --sparsity?
+    """
+    known = [f"--{name}" for name in (*METHOD, *OPTIONS)]
+    for argument in arguments:
+        match = re.match(r"(--\w+)[^\s=]*(?:=|$)", argument)  # an option; a text may begin like one
+        if match is not None and match[1] not in known:
+            raise UsageError(_unknown(match[1], known))
+    resolve_recipes(arguments)
 
 
 def usage_message(message: str, options: Iterable[str], method: Collection[str]) -> str:

@@ -6,11 +6,17 @@ import argparse
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from symprune_lightning.cli.help import ONE_DEVICE, check_options
-from symprune_lightning.cli.recipes import check_recipes
+from symprune_lightning.cli.arguments import check_arguments
+from symprune_lightning.cli.help import ONE_DEVICE
 from symprune_lightning.errors import SweepError
 
 # Commands import what they need when they run: --help should not wait for torch.
+
+
+def _add_trust(parser: argparse.ArgumentParser, source: str) -> None:
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help=f"allow custom code from the {source}"
+    )
 
 
 def _compare(arguments: list[str]) -> None:
@@ -23,7 +29,7 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("recipes", nargs="+", help="recipes, or YAML files that list some")
     parser.add_argument("--output", required=True, help="folder for results.csv, compare.png")
     options, rest = parser.parse_known_args(arguments)
-    check_options(rest)
+    check_arguments(rest)
     from rich.console import Console
 
     from symprune_lightning.cli.compare import compare
@@ -43,8 +49,7 @@ def _data(arguments: list[str]) -> None:
         allow_abbrev=False,
     )
     _, rest = parser.parse_known_args(arguments)
-    check_options(rest)
-    check_recipes(rest)
+    check_arguments(rest)
     from symprune_lightning.cli.data import print_data
 
     print_data(rest)
@@ -63,8 +68,7 @@ def _eval(arguments: list[str]) -> None:
     parser.add_argument("--few_shot", type=int, help="number of examples in the prompt")
     parser.add_argument("--include_path", help="folder with additional task files")
     options, rest = parser.parse_known_args(arguments)
-    check_options(rest)
-    check_recipes(rest)
+    check_arguments(rest)
     if find_spec("lm_eval") is None:
         raise ValueError('tasks need lm-evaluation-harness: pip install "symprune-lightning[eval]"')
     from symprune_lightning.callbacks.zero_shot import ZeroShot
@@ -83,9 +87,7 @@ def _verify(arguments: list[str]) -> None:
     parser.add_argument(
         "--skip_perplexity", action="store_true", help="do not evaluate the model again"
     )
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="allow custom code from the checkpoint"
-    )
+    _add_trust(parser, "checkpoint")
     options = parser.parse_args(arguments)
     from symprune_lightning.cli.verify import print_checks
 
@@ -114,9 +116,7 @@ def _apply(arguments: list[str]) -> None:
     parser.add_argument(
         "--dtype", default="auto", help="auto, float32, bfloat16, float16. Default: auto"
     )
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="allow custom code from the model"
-    )
+    _add_trust(parser, "model")
     options = parser.parse_args(arguments)
     from symprune_lightning.cli.apply import apply
 
@@ -140,9 +140,7 @@ def _pack(arguments: list[str]) -> None:
     parser.add_argument(
         "--base", metavar="MODEL", help="the dense model. Default: the one of the manifest"
     )
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="allow custom code from the dense model"
-    )
+    _add_trust(parser, "dense model")
     options = parser.parse_args(arguments)
     if (options.base or options.trust_remote_code) and not options.masks_only:
         parser.error("--base and --trust_remote_code are for --masks_only")
@@ -182,9 +180,7 @@ def _gain(arguments: list[str]) -> None:
         "and time and memory of the pruned layers in runtimes that can use zeros.",
     )
     parser.add_argument("checkpoint", help="folder of the checkpoint")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="allow custom code from the checkpoint"
-    )
+    _add_trust(parser, "checkpoint")
     options = parser.parse_args(arguments)
     from symprune_lightning.cli.gain import print_gains
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from difflib import get_close_matches
 
 HELP = """usage: symprune COMMAND ...
@@ -116,28 +115,6 @@ def section(text: str, topic: str) -> str:
 
 class UsageError(ValueError):
     """A mistake in the command line; the exit code is 2, as for those that the parser finds."""
-
-
-def check_options(arguments: Sequence[str]) -> None:
-    """Refuse an option whose first component is unknown, before torch is imported.
-
-    Raises:
-        UsageError: There is no such option.
-
-    Examples:
-        >>> check_options(["--sparsity", "0.5", "--data.sequences=16"])
-        >>> try:
-        ...     check_options(["--sparsty", "0.5"])
-        ... except UsageError as error:
-        ...     print(error)
-        there is no option --sparsty: did you mean --sparsity?
-    """
-    known = [*METHOD, *OPTIONS]
-    for argument in arguments:
-        match = re.match(r"--(\w+)[^\s=]*(?:=|$)", argument)  # an option; a text may begin like one
-        if match is not None and match[1] not in known:
-            close = suggestion(f"--{match[1]}", [f"--{name}" for name in known])
-            raise UsageError(f"there is no option --{match[1]}{close or '; see --help all'}")
 
 
 def suggestion(name: str, known: list[str]) -> str:

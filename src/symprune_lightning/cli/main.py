@@ -19,11 +19,9 @@ from symprune_lightning.cli.help import (
     SUMMARIES,
     TOPICS,
     UsageError,
-    check_options,
     section,
     suggestion,
 )
-from symprune_lightning.cli.recipes import check_recipes
 from symprune_lightning.errors import (
     PruningError,
     RankError,
@@ -64,8 +62,9 @@ def _lightning(command: str, arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         _print_help(command, arguments)
         return
-    check_options(arguments)
-    check_recipes(arguments)
+    from symprune_lightning.cli.arguments import check_arguments
+
+    check_arguments(arguments)
     from symprune_lightning.cli.parser import run
 
     streams = "--stream=true" in arguments or ("--stream", "true") in pairwise(arguments)

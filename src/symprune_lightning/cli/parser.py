@@ -19,7 +19,7 @@ from symprune_lightning.callbacks.symprune import SymPrune
 from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source
 from symprune_lightning.cli.arguments import expand, usage_message
 from symprune_lightning.cli.help import METHOD
-from symprune_lightning.cli.recipes import find_recipe
+from symprune_lightning.cli.recipes import resolve_recipes
 from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.data.protocols import PROTOCOLS
 from symprune_lightning.data.sources import source_settings
@@ -189,16 +189,8 @@ def run(arguments: Sequence[str], callbacks: Sequence[Callback] = ()) -> None:
 
 def _resolve(arguments: Sequence[str]) -> list[str]:
     """Write out short options, and replace names of recipes after ``--config`` by paths."""
-    resolved: list[str] = []
     classes = {name: f"symprune_lightning.{type(x).__name__}" for name, x in PROTOCOLS.items()}
-    for argument in expand(arguments, METHOD, classes):
-        if resolved and resolved[-1] in ("--config", "-c"):
-            resolved.append(find_recipe(argument))
-        elif argument.startswith("--config="):
-            resolved.append(f"--config={find_recipe(argument.removeprefix('--config='))}")
-        else:
-            resolved.append(argument)
-    return resolved
+    return resolve_recipes(expand(arguments, METHOD, classes))
 
 
 def _make_cli(

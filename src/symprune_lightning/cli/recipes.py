@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 
 from symprune_lightning.cli.help import closest
@@ -37,17 +36,20 @@ def find_recipe(name: str) -> str:
     return str(recipes[name])
 
 
-def check_recipes(arguments: Sequence[str]) -> None:
-    """Refuse recipes that do not exist, before torch is imported.
+def resolve_recipes(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with the names of recipes after ``--config`` replaced by paths.
 
     Raises:
         ValueError: There is no such file or recipe.
     """
     if arguments and arguments[-1] in ("--config", "-c"):
         raise ValueError(f"{arguments[-1]} needs the name of a recipe (`symprune list`) or a file")
-    for option, value in pairwise(arguments):
-        if option in ("--config", "-c"):
-            find_recipe(value)
-    for option in arguments:
-        if option.startswith("--config="):
-            find_recipe(option.removeprefix("--config="))
+    resolved: list[str] = []
+    for argument in arguments:
+        if resolved and resolved[-1] in ("--config", "-c"):
+            resolved.append(find_recipe(argument))
+        elif argument.startswith("--config="):
+            resolved.append(f"--config={find_recipe(argument.removeprefix('--config='))}")
+        else:
+            resolved.append(argument)
+    return resolved

@@ -100,9 +100,10 @@ class TextSource:
         """
         path = Path(self.path).expanduser()
         file_format = self._file_format
-        options: dict[str, Any]
+        options: dict[str, Any] = {}
+        if file_format == "text" or (file_format is None and self._are_text_files(path)):
+            options["sample_by"] = "paragraph"
         if file_format is None:
-            options = {"sample_by": "paragraph"} if self._are_text_files(path) else {}
             return datasets.load_dataset(
                 str(path) if path.exists() else self.path,
                 self.name,
@@ -114,9 +115,6 @@ class TextSource:
             )
         if not path.is_file():
             raise FileNotFoundError(f"no text file at {path}")
-        options = {}
-        if file_format == "text":
-            options["sample_by"] = "paragraph"
         if ".tsv" in _suffixes(path):
             options["sep"] = "\t"
         try:

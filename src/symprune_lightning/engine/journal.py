@@ -6,7 +6,7 @@ Longer than 300 lines since reading and writing of a format belong together.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import count, takewhile
 from os import PathLike
@@ -88,7 +88,7 @@ class Journal:
             JournalError: The journal belongs to another run or version, or cannot be read.
             OSError: The folder cannot be written.
         """
-        text = self._on_rank_zero(lambda: self._open_folder(fingerprint))
+        text = self.communicator.on_rank_zero(lambda: self._open_folder(fingerprint))
         headers = json.loads(text)
         entries = {name: _entry(**header) for name, header in headers["layers"].items()}
         last = max((entry.file_index for entry in entries.values()), default=-1)
@@ -177,7 +177,7 @@ class Journal:
     def write(self) -> None:
         """Write the finished block."""
         if self._headers:
-            self._on_rank_zero(self._write_block)
+            self.communicator.on_rank_zero(self._write_block)
             self._num_files += 1
             self._headers.clear()
             self._block_headers.clear()
@@ -186,13 +186,15 @@ class Journal:
 
     def save_value(self, name: str, value: Any) -> None:
         """Save a JSON value."""
-        self._on_rank_zero(lambda: write_json(self.folder / f"{name}.json", value))
+        self.communicator.on_rank_zero(lambda: write_json(self.folder / f"{name}.json", value))
 
     def load_value(self, name: str) -> Any:
         """Load a saved JSON value; ``None`` if there is none."""
         path = self.folder / f"{name}.json"
         return json.loads(
-            self._on_rank_zero(lambda: path.read_text("utf-8") if path.is_file() else "null")
+            self.communicator.on_rank_zero(
+                lambda: path.read_text("utf-8") if path.is_file() else "null"
+            )
         )
 
     def _broadcast_tensors(self, file_index: int, buffers: Mapping[str, Tensor]) -> list[Tensor]:
@@ -210,17 +212,6 @@ class Journal:
 
     def _file(self, index: int) -> Path:
         return self.folder / BLOCK_FILE.format(index)
-
-    def _on_rank_zero(self, work: Callable[[], str | None]) -> str:
-        """Run ``work`` on rank 0 and broadcast its result or error."""
-        text, error = "", None
-        if self.communicator.rank == 0:
-            try:
-                text = work() or ""
-            except Exception as raised:  # broadcast to the other ranks; every rank raises
-                error = raised
-        self.communicator.all_reduce_min(0, error)
-        return self.communicator.broadcast_text(text)
 
     def _open_folder(self, fingerprint: dict[str, Any]) -> str:
         """Create or check the folder; return the headers of all recorded layers as JSON."""

@@ -11,7 +11,7 @@ WEIGHTS_AT_ONCE = 2**20
 """Number of values that `row_chunks` yields together on a CPU: they stay in its cache."""
 
 WEIGHTS_AT_ONCE_ON_GPU = 2**26
-"""The same on other devices, where it bounds memory only: every chunk launches kernels anew."""
+"""The same on other devices, where it only bounds memory, and each chunk launches kernels."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

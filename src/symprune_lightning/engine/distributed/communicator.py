@@ -131,20 +131,23 @@ class Communicator:
             self._raise_on_all_ranks(error)
         return int(minimum)
 
-    def on_rank_zero(self, function: Callable[[], object]) -> None:
-        """Call a function on rank 0 alone; the others wait, up to the process group's timeout.
+    def on_rank_zero(self, function: Callable[[], str | None]) -> str:
+        """Call a function on rank 0 alone, and return its text on all ranks.
+
+        The others wait, up to the process group's timeout.
 
         Raises:
             Exception: The function's own, on rank 0.
             RankError: The function failed on rank 0, on all other ranks.
         """
-        error = None
+        text, error = "", None
         if self.rank == 0:
             try:
-                function()
-            except Exception as raised:
+                text = function() or ""
+            except Exception as raised:  # reported to the other ranks; every rank raises
                 error = raised
         self.all_reduce_min(0, error)
+        return self.broadcast_text(text)
 
     def all_reduce_max(self, value: int) -> int:
         """Return the maximum of a non-negative value over all ranks."""

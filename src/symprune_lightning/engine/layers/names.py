@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+M = TypeVar("M", bound=nn.Module)
 
 COMPILED = "_orig_mod"
 """Attribute of the plain module in the wrapper of ``torch.compile``."""
 
 ADAPTED = "base_layer"
 """Attribute of the plain layer in the layers of peft."""
+
+
+def uncompiled(module: M) -> M:
+    """Return the module inside the wrapper of ``torch.compile``; another module unchanged."""
+    original: M = getattr(module, COMPILED, module)
+    return original
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

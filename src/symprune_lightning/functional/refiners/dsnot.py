@@ -14,6 +14,7 @@ from torch import Tensor
 
 from symprune_lightning.functional.refiners.base import MaskRefiner
 from symprune_lightning.functional.refiners.swaps import (
+    CYCLES_BETWEEN_CHECKS,
     ExactError,
     candidate_pairs,
     swap_mean_error,
@@ -122,7 +123,7 @@ class DSnoT(MaskRefiner):
             mask[rows, pruned] &= ~active
             score[rows, pruned] = torch.where(active, torch.inf, score[rows, pruned])
             # rarely, since a GPU waits for the answer
-            if cycle % 8 == 7 and not active.any():
+            if cycle % CYCLES_BETWEEN_CHECKS == 0 and not active.any():
                 break
             error = torch.where(active, after, error)
         return mask
