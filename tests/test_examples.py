@@ -131,6 +131,24 @@ def test_sentence_embeddings(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_timm_vit(tmp_path):
+    pytest.importorskip("timm", reason="it needs torchvision, not built for CI's torch")
+    import timm
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for i in range(8):
+        pixels = torch.randint(256, (32, 48, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
+    name, output = "test_vit", tmp_path / "pruned.safetensors"
+    same = example("timm_vit").main(name, str(tmp_path), str(output), pretrained=False)
+    assert 0 <= same <= 1
+    model = timm.create_model(name, checkpoint_path=str(output))
+    assert half_zeros(model, "blocks.0")
+    assert (model.head.weight != 0).all()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_peft_lora(folder):
     arguments = [str(folder / name) for name in ("model", "texts.txt", "out")]
     lost = example("peft_lora").main(*arguments)

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from symprune_lightning import prune_model
 from symprune_lightning.checkpoints.manifest import read_manifest
+from symprune_lightning.cli.main import error_message
 from symprune_lightning.cli.recipes import recipe_files
 from tests.cli.commands import INTERRUPTING, interrupt, run_command, small
 
@@ -124,6 +126,17 @@ def test_an_invalid_option_is_reported_without_the_list_of_options(project, symp
     assert error == (
         "symprune: --trainer.callbacks is 'NoSuchCallback', which is no list or NoneType\n"
     )
+
+
+def test_an_error_of_the_model_names_the_batch():
+    layers = torch.nn.Sequential(torch.nn.Linear(32, 8))
+    with pytest.raises(RuntimeError) as raised:
+        prune_model(layers, [torch.ones(2, 16)])
+    message = error_message(raised.value)
+    assert message.startswith("RuntimeError: ")
+    assert "while the model ran on a calibration batch: " in message
+    assert "(2, 16)" in message
+    assert "\n" not in message
 
 
 def test_tracebacks_on_request(project, symprune, monkeypatch):

@@ -204,17 +204,20 @@ def _measured(
 
 
 def _fastest_pass(products: Sequence[tuple[Any, Tensor]], multiply: Callable[..., Any]) -> float:
-    times: list[float] = []
-    total = 0.0
-    while total < SECONDS:
-        start = time.perf_counter()
-        for weight, inputs in products:
-            multiply(weight, inputs)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        total += times[-1] * (len(times) > 1)  # the first pass is a warm-up
+    _pass_seconds(products, multiply)  # warm-up
+    times = [_pass_seconds(products, multiply)]
+    while sum(times) < SECONDS:
+        times.append(_pass_seconds(products, multiply))
     return min(times)
+
+
+def _pass_seconds(products: Sequence[tuple[Any, Tensor]], multiply: Callable[..., Any]) -> float:
+    start = time.perf_counter()
+    for weight, inputs in products:
+        multiply(weight, inputs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _memory(weight: Any) -> int:

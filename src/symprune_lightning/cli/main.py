@@ -119,6 +119,22 @@ def _exit_code_of(stop: BaseException) -> int | None:
     return None
 
 
+def error_message(error: Exception) -> str:
+    """Return one sentence for an error, with its notes, such as the shapes of the batch.
+
+    Examples:
+        >>> error_message(ValueError("sparsity is 1.5"))
+        'sparsity is 1.5'
+        >>> error_message(IndexError("index out of range"))
+        'IndexError: index out of range (SYMPRUNE_TRACEBACK=1 shows where it was raised)'
+    """
+    text = ", ".join([str(error), *getattr(error, "__notes__", ())])
+    if isinstance(error, USER_ERRORS):
+        return text
+    # of the model or of a library: its name helps to search for it
+    return f"{type(error).__name__}: {text} (SYMPRUNE_TRACEBACK=1 shows where it was raised)"
+
+
 def main() -> None:
     """Run the command line of this process."""
     arguments = sys.argv[1:]
@@ -141,13 +157,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("SYMPRUNE_TRACEBACK"):
             raise
-        if isinstance(error, USER_ERRORS):
-            sys.exit(f"symprune: {error}")
-        # of the model or of a library: its name helps to search for it
-        sys.exit(
-            f"symprune: {type(error).__name__}: {error} (SYMPRUNE_TRACEBACK=1 shows where it was "
-            f"raised)"
-        )
+        sys.exit(f"symprune: {error_message(error)}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,22 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 import transformers as tf
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from symprune_lightning import CalibrationDataModule, CausalLMModule, Report, SymPrune, Trainer
+from symprune_lightning import (
+    CalibrationDataModule,
+    CausalLMModule,
+    MaskedFinetuning,
+    Report,
+    SymPrune,
+    Trainer,
+)
 from symprune_lightning.callbacks.report.callback import format_metric
 from symprune_lightning.checkpoints.manifest import read_manifest
+from symprune_lightning.errors import PruningWarning
 from tests.models import build
 from tests.texts import texts, tokenizer
 from tests.trainers import TRAINER
@@ -175,3 +184,39 @@ def test_a_second_evaluation_leaves_the_page(tmp_path):
     before = (tmp_path / "report.html").read_text()
     trainer.validate(module, datamodule=data, verbose=False)
     assert (tmp_path / "report.html").read_text() == before
+
+
+def small_data():
+    sizes = {"sequences": 4, "sequence_length": 16, "evaluation_sequences": 4}
+    sizes["training_sequences"] = 2
+    return CalibrationDataModule(texts(), tokenizer(), **sizes)
+
+
+def test_an_evaluation_on_the_test_set(tmp_path):
+    callbacks = [SymPrune(when="test"), Report(folder=str(tmp_path), prompts=[])]
+    trainer = Trainer(**TRAINER)
+    module = CausalLMModule(build("llama"))
+    metrics = trainer.test(module, datamodule=small_data(), callbacks=callbacks, verbose=False)
+    recorded = json.loads((tmp_path / "report.json").read_text())["manifest"]["metrics"]
+    assert recorded["pruned"] == pytest.approx(metrics[0])
+    assert recorded["dense"].keys() == recorded["pruned"].keys()
+    assert recorded["dense"] != recorded["pruned"]
+
+
+class TrainedLM(CausalLMModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def test_after_a_fit_an_evaluation_writes_the_page(tmp_path):
+    report = Report(folder=str(tmp_path), prompts=[])
+    callbacks = [SymPrune(when="fit_start"), MaskedFinetuning(), report]
+    options = {**TRAINER, "max_steps": 1, "limit_val_batches": 1}
+    trainer = Trainer(**options, callbacks=callbacks)
+    module, data = TrainedLM(build("llama")), small_data()
+    with pytest.warns(PruningWarning, match="after an evaluation"):
+        trainer.fit(module, datamodule=data)
+    assert not (tmp_path / "report.html").exists()
+    metrics = trainer.validate(module, datamodule=data, verbose=False)
+    manifest = json.loads((tmp_path / "report.json").read_text())["manifest"]
+    assert manifest["metrics"] == {"dense": {}, "pruned": pytest.approx(metrics[0])}

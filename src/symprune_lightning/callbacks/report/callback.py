@@ -26,7 +26,7 @@ from symprune_lightning.callbacks.integration import (
     trainer_callbacks,
 )
 from symprune_lightning.callbacks.progress import peak_memory
-from symprune_lightning.callbacks.pruning import pruning_callbacks
+from symprune_lightning.callbacks.pruning import PruningCallback, warn
 from symprune_lightning.callbacks.report.figures import Histogram, figures, histogram, png
 from symprune_lightning.callbacks.report.summary import advice, asked, outcome
 from symprune_lightning.checkpoints.manifest import build_manifest
@@ -74,7 +74,8 @@ class Report(Callback, PruningHooks):
     The page is self-contained, responsive, and supports dark mode; the figures are also written to
     ``symprune/`` as PNG files, and all numbers and sentences to ``report.json``. Scalars by layer,
     and the figures if it accepts any, go to the Trainer's loggers. ``Trainer.prune(output=…)``
-    writes the page into the checkpoint.
+    writes the page into the checkpoint; otherwise ``Trainer.validate`` or ``Trainer.test`` of the
+    pruned model writes it into ``folder``. After a fit that prunes, call one of them.
 
     Add it to the callbacks of the Trainer, together with a pruning callback. Needs ``pip install
     "symprune-lightning[report]"``.
@@ -144,13 +145,24 @@ class Report(Callback, PruningHooks):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._end_phase("loading")
 
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the time of loading."""
+        self._end_phase("loading")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate samples, and write the page if it has its own folder."""
-        if trainer.state.fn != TrainerFn.VALIDATING:
-            return
-        pruning = pruning_callbacks(trainer_callbacks(trainer), "validate")
-        if self._result is None and any(callback.has_pruned(pl_module) for callback in pruning):
-            return  # pruned by an earlier call, which has written the page
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._record_evaluation(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generate samples, and write the page if it has its own folder."""
+        self._record_evaluation(trainer, pl_module)
+
+    def _record_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the phase; write the page if the model is pruned."""
+        pruned_before = any(callback.has_pruned(pl_module) for callback in _pruning(trainer))
+        if self._result is None and pruned_before:
+            return  # by an earlier call, which has written the page
         phase = "dense" if self._result is None else "pruned"
         self._is_finished = self._result is not None
         self._end_phase(f"evaluation, {phase}")
@@ -169,6 +181,15 @@ class Report(Callback, PruningHooks):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the time of training."""
         self._end_phase("training")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Warn after a fit that has pruned: the page is written by an evaluation."""
+        prunes = any(callback.when not in ("validate", "test") for callback in _pruning(trainer))
+        if stage == "fit" and self.folder is not None and prunes:
+            warn(
+                "Report writes its page after an evaluation of the pruned model: call "
+                "Trainer.validate or Trainer.test with the same callbacks after this fit"
+            )
 
     def on_checkpoint_saved(self, path: Path, manifest: Mapping[str, Any]) -> None:
         """Write the page into the checkpoint."""
@@ -255,7 +276,7 @@ class Report(Callback, PruningHooks):
             images={name: base64.b64encode(data).decode() for name, data in images.items()},
             samples=self._sample_rows(),
             sampling=self._sampling,
-            is_refined=bool(manifest["settings"].get("refine")),
+            is_refined=any(layer["swaps"] for layer in manifest["layers"]),
             settings=json.dumps(settings, indent=2, ensure_ascii=False),
             number=format_number,
         )
@@ -282,7 +303,7 @@ class Report(Callback, PruningHooks):
 
     def _manifest(self, trainer: Trainer, module: LightningModule) -> dict[str, Any] | None:
         """Return the manifest as far as it is known before a checkpoint is written."""
-        for callback in pruning_callbacks(trainer_callbacks(trainer), "validate"):
+        for callback in _pruning(trainer):
             if callback.result is not None and callback.has_pruned(module):
                 return build_manifest(
                     callback.result,
@@ -346,6 +367,11 @@ class Report(Callback, PruningHooks):
                 ).items():
                     add_figure(f"pruning/{name}", figure)
             logger.save()
+
+
+def _pruning(trainer: Trainer) -> list[PruningCallback]:
+    """Return the callbacks that prune, at any stage."""
+    return [c for c in trainer_callbacks(trainer) if isinstance(c, PruningCallback)]
 
 
 def format_number(value: float | None) -> str:
