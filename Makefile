@@ -46,9 +46,11 @@ bench: install  ## docs/benchmarks.md: cost in plain forwards, growth, processes
 	mkdir -p runs
 	$(BIN)/python benchmarks/tables.py > runs/benchmarks.md
 	$(BIN)/python benchmarks/cost.py "$(MODEL)" >> runs/benchmarks.md
+	$(BIN)/python benchmarks/cost.py "$(MODEL)" --sequences 16 --batch 1 --methods Wanda RIA "RIA + R²-DSnoT" >> runs/benchmarks.md
 	$(BIN)/python benchmarks/growth.py --plot docs/growth.svg >> runs/benchmarks.md
 	$(BIN)/python benchmarks/scaling.py "$(MODEL)" --rounds 3 >> runs/benchmarks.md
 	$(BIN)/python benchmarks/peer.py "$(MODEL)" >> runs/benchmarks.md
+	cat benchmarks/notes.md >> runs/benchmarks.md
 	mv runs/benchmarks.md docs/benchmarks.md
 	$(BIN)/python benchmarks/quality.py "$(MODEL)" --csv docs/quality.csv --seeds 0 1
 

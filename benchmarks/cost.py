@@ -68,11 +68,12 @@ def main() -> None:
     times = measure(model, batches, options.rounds, options.methods)
     about = (
         f"`benchmarks/cost.py`: SmolLM2-135M-Instruct, {options.sequences} × {options.length} "
-        f"tokens, float32, {torch.get_num_threads()} threads; medians of {options.rounds} rounds. "
+        f"tokens, batches of {options.batch}, float32, {torch.get_num_threads()} threads; medians of "
+        f"{options.rounds} rounds. "
         f"*Forward* is the full model; pruning does not run the output projection."
     )
     section(
-        "Cost in plain forwards",
+        "One sequence in a batch" if options.batch == 1 else "Cost in plain forwards",
         about,
         ("run", "seconds", "× forward", "range", "× forward without output projection"),
         rows(times),

@@ -103,7 +103,7 @@ COMPOSITIONS: dict[str, Settings] = {
     "RIA + R²-DSnoT, α = 1": {"score": "ria", "refine": R2DSnoT(alpha=1.0)},
     "RIA + R²-DSnoT, γ₂ = 0.1": {"score": "ria", "refine": R2DSnoT(gamma2=0.1)},
     "RIA + R²-DSnoT, ε = 0.005": {"score": "ria", "refine": R2DSnoT(threshold=5e-3)},
-    "RIA + R²-DSnoT, p = 1": {"score": "ria", "refine": R2DSnoT(p=1.0, gamma2=0.1)},
+    "RIA + R²-DSnoT, γ₂ = 0.1, p = 1": {"score": "ria", "refine": R2DSnoT(p=1.0, gamma2=0.1)},
     "RIA, α = 1": {"score": RIA(alpha=1.0)},
 }
 MAIN = (

@@ -76,7 +76,8 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     print("# Benchmarks\n")
     print(
-        "Each section is the output of a script of `benchmarks/`; `make bench` runs all of them.\n"
+        "Each section but the last, which is `benchmarks/notes.md`, is the output of a script of "
+        "`benchmarks/`; `make bench` runs all of them.\n"
     )
     print(f"{processor()}, {os.cpu_count()} cores, no GPU used; {platform.system()},", end=" ")
     print(f"Python {platform.python_version()}, {versions}.")

@@ -38,7 +38,7 @@ def main(
     with torch.inference_mode():
         same = float((model(held_out).argmax(1) == before).float().mean())
     save_model(model, output)
-    dense = ", ".join(f"{weight.name} ({weight.reason})" for weight in result.left_dense)
+    dense = ", ".join(f"{weight.name} ({weight.reason})" for weight in result.left_dense[:3])
     print(f"sparsity {result.sparsity:.4f}, coverage {result.coverage:.2f}, same class {same:.2f}")
     print(f"left dense: {dense or 'nothing'}")
     return same

@@ -15,7 +15,7 @@ from symprune_lightning.cli.main import main
 from symprune_lightning.cli.parser import instantiate
 from tests.cli.commands import small
 from tests.models import batches, build
-from tests.test_docs import PAGES
+from tests.test_docs import DOCS, PAGES
 from tests.texts import texts, tokenizer, write_project
 
 ON_CHECKPOINTS = ("apply", "gain", "list", "pack", "report", "unpack", "verify")
@@ -40,6 +40,8 @@ def folder(tmp_path_factory):
     write_project(folder)
     build("llama").save_pretrained(folder / "dense")
     tokenizer().save_pretrained(folder / "dense")
+    page = (DOCS / "command-line.md").read_text("utf-8")
+    (folder / "my-recipe.yaml").write_text(re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)[0])
     (folder / "my-texts.jsonl").write_text("\n".join(f'{{"text": "{text}"}}' for text in texts()))
     for name in ("pruned", "pruned-wanda"):
         model = build("llama")
@@ -67,7 +69,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 @pytest.mark.parametrize("line", commands())
 def test_commands_of_the_pages(line, pages, monkeypatch):
     command, *arguments = shlex.split(line.removeprefix("symprune "), comments=True)
-    if command in ON_CHECKPOINTS:
+    if command.startswith("-") or "--help" in arguments:
+        run(monkeypatch, command, *arguments)
+    elif command in ON_CHECKPOINTS:
         if "pruned-packed" in arguments and command == "unpack":
             run(monkeypatch, "pack", "pruned", "pruned-packed")
         if "shared" in arguments and command == "apply":
