@@ -68,8 +68,8 @@ def main() -> None:
     times = measure(model, batches, options.rounds, options.methods)
     about = (
         f"`benchmarks/cost.py`: SmolLM2-135M-Instruct, {options.sequences} × {options.length} "
-        f"tokens, batches of {options.batch}, float32, {torch.get_num_threads()} threads; medians of "
-        f"{options.rounds} rounds. "
+        f"tokens, batches of {options.batch}, float32, {torch.get_num_threads()} threads; medians "
+        f"of {options.rounds} rounds. "
         f"*Forward* is the full model; pruning does not run the output projection."
     )
     section(

@@ -11,13 +11,18 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-from symprune_lightning.cli.list import BASES
+from symprune_lightning.cli import list as cli_list
 from symprune_lightning.functional.registry import leaves
 
 PAGE = Path(__file__).with_name("methods.md")
 PACKAGE = "symprune_lightning."
+BASES: dict[str, type[Any]] = {
+    kind: resolve_name(f"symprune_lightning.functional.{base}")
+    for kind, base in cli_list.BASES.items()
+}
 REGION = re.compile(r"<!-- generated: ([a-z ]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 

@@ -1,38 +1,35 @@
-"""``symprune list``: the methods and recipes of this installation."""
+"""``symprune list``: the methods and recipes of this installation, without importing torch."""
 
 from __future__ import annotations
 
-import inspect
+import ast
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+import symprune_lightning
 from symprune_lightning.cli.recipes import recipe_files
-from symprune_lightning.functional.allocation import AllocationMethod
-from symprune_lightning.functional.patterns import Pattern
-from symprune_lightning.functional.refiners.base import MaskRefiner
-from symprune_lightning.functional.registry import leaves
-from symprune_lightning.functional.scores import Score
-from symprune_lightning.functional.solvers import LayerSolver
-from symprune_lightning.functional.update import WeightUpdate
 
-BASES: dict[str, type[object]] = {
-    "scores": Score,
-    "refiners": MaskRefiner,
-    "weight updates": WeightUpdate,
-    "solvers": LayerSolver,
-    "allocations": AllocationMethod,
-    "patterns": Pattern,
+BASES = {
+    "scores": "scores.Score",
+    "refiners": "refiners.base.MaskRefiner",
+    "weight updates": "update.WeightUpdate",
+    "solvers": "solvers.LayerSolver",
+    "allocations": "allocation.AllocationMethod",
+    "patterns": "patterns.Pattern",
 }
+"""Kinds of methods, and their base classes in ``symprune_lightning.functional``."""
 
 
 def list_methods() -> None:
     """Print all methods, and the recipes of the package."""
     console = Console(emoji=False, markup=False)  # "N:M:" would be read as an emoji
+    classes = _classes()
     for title, base in BASES.items():
         table = Table("name", "summary", title=title, title_justify="left", show_header=False)
-        for method in leaves(base):
-            table.add_row(method.__name__, _summary(method))
+        for method in _leaves(base.rpartition(".")[2], classes):
+            table.add_row(method.name, _summary(method))
         console.print(table)
     recipes = recipe_files()
     table = Table("recipe", "summary", show_header=False)
@@ -45,5 +42,22 @@ def list_methods() -> None:
     console.print(table)
 
 
-def _summary(method: type) -> str:
-    return (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " ").replace("`", "")
+def _classes() -> list[ast.ClassDef]:
+    """Return the classes in the sources of ``functional``: importing them would import torch."""
+    folder = Path(symprune_lightning.__file__).parent / "functional"
+    modules = (ast.parse(file.read_text("utf-8")) for file in sorted(folder.rglob("*.py")))
+    return [node for module in modules for node in module.body if isinstance(node, ast.ClassDef)]
+
+
+def _leaves(base: str, classes: list[ast.ClassDef]) -> list[ast.ClassDef]:
+    """Return the methods among the subclasses of a base, which are dataclasses."""
+    found = []
+    for node in classes:
+        if base in (ast.unparse(parent) for parent in node.bases):
+            is_method = any("dataclass" in ast.unparse(x) for x in node.decorator_list)
+            found += [node] * is_method + _leaves(node.name, classes)
+    return found
+
+
+def _summary(method: ast.ClassDef) -> str:
+    return (ast.get_docstring(method) or "").split("\n\n")[0].replace("\n", " ").replace("`", "")
