@@ -1,4 +1,7 @@
-"""``symprune gain``: what the zeros of a checkpoint save on this machine."""
+"""``symprune gain``: what the zeros of a checkpoint save on this machine.
+
+Longer than 300 lines since each runtime has its own conversion and note.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import warnings
+from types import SimpleNamespace
 
 import greenlet
 import pytest
@@ -168,21 +169,22 @@ def test_dense_order_measures_a_layer_called_twice_twice():
 class Failing(nn.Module):
     def __init__(self, at):
         super().__init__()
-        self.first, self.second, self.at, self.calls = nn.Linear(8, 8), nn.Linear(8, 8), at, 0
-        self.left = 0
+        self.first, self.second, self.at = nn.Linear(8, 8), nn.Linear(8, 8), at
+        # attributes of a module belong to the batch that assigns them
+        self.seen = SimpleNamespace(calls=0, left=0)
 
     def forward(self, x):
         try:
             if self.at == "start":
-                self.calls += 1
-                if self.calls == 3:
+                self.seen.calls += 1
+                if self.seen.calls == 3:
                     raise RuntimeError("boom")
             x = self.first(x)
             if self.at == "middle":
                 raise RuntimeError("boom")
             return self.second(x)
         finally:
-            self.left += 1
+            self.seen.left += 1
 
 
 def test_batch_that_raises_before_anything_is_pruned():
@@ -192,7 +194,7 @@ def test_batch_that_raises_before_anything_is_pruned():
         prune_model(model, [torch.randn(4, 8)] * 4)
     assert not isinstance(error.value, PruningError)
     assert torch.equal(model.first.weight, dense)
-    assert model.left == 3, "the two suspended batches have left the model"
+    assert model.seen.left == 3, "the two suspended batches have left the model"
     assert not model.first._forward_pre_hooks
 
 
@@ -200,7 +202,7 @@ def test_batch_that_raises_after_a_layer_was_pruned():
     model = Failing("middle").train()
     with pytest.raises(PruningError, match=r"after 1 of 2 layers: boom.*load it again"):
         prune_model(model, [torch.randn(4, 8)] * 4)
-    assert model.left == 4
+    assert model.seen.left == 4
     assert not model.first._forward_pre_hooks
     assert not model.second._forward_pre_hooks
     assert model.training

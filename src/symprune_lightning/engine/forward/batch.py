@@ -11,6 +11,7 @@ from typing import Any
 import greenlet
 from torch import Tensor, nn
 
+from symprune_lightning.engine.forward.attributes import ForwardAttributes
 from symprune_lightning.engine.forward.block import BlockCall
 from symprune_lightning.engine.forward.modes import isolated_modes
 from symprune_lightning.engine.forward.recorder import LastInput
@@ -26,10 +27,18 @@ class SuspendedBatch(greenlet.greenlet):
         run: The forward.
         valid: Bool, one per token: False where it is padding; ``None`` without padding.
         number: Global index of the batch over all ranks.
+        attributes: Those of the model that a forward may change.
     """
 
-    def __init__(self, run: Callable[[], object], valid: Tensor | None, number: int) -> None:
+    def __init__(
+        self,
+        run: Callable[[], object],
+        valid: Tensor | None,
+        number: int,
+        attributes: ForwardAttributes,
+    ) -> None:
         super().__init__(run)
+        self.attributes = attributes
         self.gr_context = contextvars.copy_context()
         self.valid = valid
         self.number = number
@@ -57,20 +66,26 @@ class SuspendedBatch(greenlet.greenlet):
         """Switch to the scheduler; return when it resumes this batch."""
         self.wait_point = wait_point
         assert self.parent is not None
-        with isolated_modes():  # other batches run before this one continues
+        with self._isolated():  # other batches run before this one continues
             self.parent.switch()
         self.wait_point = None
 
     def resume(self) -> None:
         """Run until the batch waits or ends; an exception of its forward is raised here."""
-        with isolated_modes():
+        with self._isolated():
             self.switch()
 
     def end(self) -> None:
         """Unwind a suspended batch with ``GreenletExit``, so that ``finally`` clauses run."""
         if not self.dead:
-            with isolated_modes():
+            with self._isolated():
                 self.throw()
+
+    @contextmanager
+    def _isolated(self) -> Iterator[None]:
+        """Restore what the forwards of batches may change, at the end of a switch."""
+        with isolated_modes(), self.attributes.isolated():
+            yield
 
 
 def current_batch() -> SuspendedBatch | None:

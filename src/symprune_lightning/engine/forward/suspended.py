@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from symprune_lightning.engine.distributed.dtensor import is_dtensor
+from symprune_lightning.engine.forward.attributes import ForwardAttributes
 from symprune_lightning.engine.forward.batch import (
     SuspendedBatch,
     current_batch,
@@ -130,6 +131,7 @@ class SuspendedForward:
         self._inside_blocks = {m for block in self.placement.blocks for m in block.modules()}
         self._traceable: list[SuspendedBatch] = []
         self._shared: dict[Layer, Layer] = {}
+        self._attributes = ForwardAttributes(calibration.model)
 
     def run(self) -> None:
         """Run all batches and prune.
@@ -163,9 +165,10 @@ class SuspendedForward:
             for data in self.calibration.batches:
                 forward = partial(self.calibration.forward, self.calibration.model, data)
                 number = communicator.data_rank + count * communicator.data_world_size
-                batch = SuspendedBatch(forward, valid_tokens(data, self.calibration.model), number)
+                valid = valid_tokens(data, self.calibration.model)
+                batch = SuspendedBatch(forward, valid, number, self._attributes)
                 if count < NUM_TRACED and not self._is_traced:
-                    self._traceable.append(SuspendedBatch(forward, None, number))
+                    self._traceable.append(SuspendedBatch(forward, None, number, self._attributes))
                 batch.is_measuring = self.order == "dense"
                 suspended.append(batch)
                 batch.resume()
@@ -382,7 +385,8 @@ class SuspendedForward:
         batch.is_measuring = True
         # without the block's hooks: those of transformers, which collect hidden states, and those
         # of the user would see every call twice
-        output = call_on_copies(block.forward, args, kwargs)
+        with self._attributes.isolated():
+            output = call_on_copies(block.forward, args, kwargs)
         batch.is_measuring = False
         if self.training is not None:
             self.training.targets.record(batch, block, args, kwargs, output)
