@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from symprune_lightning import CalibrationDataModule, CausalLMModule, Trainer, load_masks
-from symprune_lightning.checkpoints.masks import match_layers
+from symprune_lightning.engine.layers.match import match_layers
 from tables import QUIET_TRAINER, log, section
 
 Quantise = Callable[[Tensor], Tensor]

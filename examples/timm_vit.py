@@ -34,7 +34,8 @@ def main(
     with torch.inference_mode():
         before = model(held_out).argmax(1)
 
-    result = prune_model(model, list(calibration.split(16)), score="ria", sparsity=sparsity)
+    batches = calibration.chunk(-(-len(calibration) // 16))
+    result = prune_model(model, batches, score="ria", sparsity=sparsity)
     with torch.inference_mode():
         same = float((model(held_out).argmax(1) == before).float().mean())
     save_model(model, output)

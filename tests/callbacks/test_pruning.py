@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import warnings
 from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from symprune_lightning import (
     CalibrationDataModule,
+    CubicSchedule,
     MaskedFinetuning,
     PruneResult,
     PruningCallback,
@@ -375,3 +378,36 @@ def test_a_signal_after_the_last_layer_ends_the_run():
     trainer = quiet_trainer(callbacks=[SymPrune("wanda", baseline=False), Signals()])
     with pytest.raises(SIGTERMException):
         trainer.validate(language_module(), text_data(), verbose=False)
+
+
+@pytest.mark.parametrize("call", ["fit", "test", "predict"])
+def test_a_call_in_which_another_stage_is_pruned_says_so(call, caplog):
+    callback = SymPrune("magnitude", calibration=list(loader()))
+    trainer = quiet_trainer(pl.Trainer, callbacks=[callback], max_steps=1)
+    module = Regression()
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    getattr(trainer, call)(module, loader())
+    says = f"prunes in Trainer.validate, and has pruned nothing in this {call}"
+    assert says in caplog.text
+    trainer.validate(module, loader(), verbose=False)
+    caplog.clear()
+    getattr(trainer, call)(module, loader())
+    assert says not in caplog.text
+
+
+def test_a_schedule_refuses_an_iterator():
+    with pytest.raises(ValueError, match="calibration is a generator, which can be read once"):
+        SymPrune(when=CubicSchedule(end=6), calibration=(batch for batch in loader()))
+
+
+def test_the_learning_rate_finder_does_not_warn_of_an_empty_loader():
+    callback = SymPrune("magnitude", when="fit_start", calibration=list(loader()))
+    trainer = quiet_trainer(pl.Trainer, callbacks=[callback, MaskedFinetuning()], max_epochs=1)
+    module = Regression()
+    module.lr = 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PruningWarning)
+        Tuner(trainer).lr_find(module, loader(), num_training=3, update_attr=False)
+    assert callback.result is None
+    trainer.fit(module, loader())
+    assert callback.result.sparsity == 0.5

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 
 from symprune_lightning import (
     PackedMasks,
@@ -16,7 +18,7 @@ from symprune_lightning import (
     prune_model,
     save_masks,
 )
-from tests.models import LANGUAGE, batches, build
+from tests.models import LANGUAGE, batches, build, llama
 
 
 @given(shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 70)), min_size=1, max_size=4))
@@ -95,3 +97,35 @@ def test_masks_of_a_part_of_the_model():
     with pytest.raises(ValueError, match=message):
         apply_masks(project, masks)
     apply_masks(project["inner"], masks)
+
+
+def test_an_output_projection_that_was_pruned_by_name_keeps_its_mask():
+    model = llama()
+    result = prune_model(model, batches(), score="wanda", only=["lm_head", "re:.*_proj"])
+    assert infer_masks(model) == result.masks
+
+
+def test_rows_of_unused_tokens_are_no_mask():
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[-3:] = 0
+    assert "lm_head" not in infer_masks(model)
+
+
+def test_a_computed_weight_without_zeros_is_no_mask():
+    model = nn.Sequential(nn.Linear(16, 16), spectral_norm(nn.Linear(16, 16)))
+    result = prune_model(model, [torch.randn(4, 16)], ignore=["1"])
+    assert infer_masks(model) == result.masks
+    prune.l1_unstructured(model[0], "weight", amount=0.1)
+    with pytest.raises(ValueError, match="layer 0 computes its weight"):
+        infer_masks(model)
+
+
+def test_masks_that_are_not_bool(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"layer 0 is torch.float32, not bool: pass mask != 0"):
+        apply_masks(model, {"0": torch.zeros(4, 4)})
+    assert torch.equal(model[0].weight, before)
+    with pytest.raises(ValueError, match=r"must be a bool matrix, got torch.float32"):
+        save_masks(tmp_path / "masks.safetensors", {"0": torch.zeros(4, 4)})

@@ -130,10 +130,10 @@ def test_an_invalid_option_is_reported_without_the_list_of_options(project, symp
 
 def test_an_error_of_the_model_names_the_batch():
     layers = torch.nn.Sequential(torch.nn.Linear(32, 8))
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises(ValueError, match="features") as raised:
         prune_model(layers, [torch.ones(2, 16)])
     message = error_message(raised.value)
-    assert message.startswith("RuntimeError: ")
+    assert message.startswith("the input of layer 0 has 16 features, and its weight 32")
     assert "while the model ran on a calibration batch: " in message
     assert "(2, 16)" in message
     assert "\n" not in message

@@ -26,7 +26,8 @@ class Own(nn.Module):
 def test_a_dense_model_is_covered_in_full():
     result = prune_model(build("llama"), batches(), score="wanda")
     assert result.coverage == 1
-    assert result.left_dense == []
+    named = [(weight.name, weight.reason, weight.in_block) for weight in result.left_dense]
+    assert named == [("lm_head.weight", "output projection", False)]
 
 
 def test_weights_without_a_layer_are_counted_named_and_warned_about():
@@ -48,8 +49,31 @@ def test_what_the_settings_exclude_is_named_and_not_warned_about():
         warnings.simplefilter("error")
         result = prune_model(build("llama"), batches(), score="wanda", ignore=["re:.*mlp.*"])
     assert result.coverage < 0.5
-    assert {weight.reason for weight in result.left_dense} == {"ignored"}
-    assert all("mlp" in weight.name for weight in result.left_dense)
+    in_blocks = [weight for weight in result.left_dense if weight.in_block]
+    assert {weight.reason for weight in in_blocks} == {"ignored"}
+    assert all("mlp" in weight.name for weight in in_blocks)
+
+
+class Recurrent(nn.Module):
+    """Most of its weights are beside its only block."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(16, 64, batch_first=True)
+        self.up = nn.ConvTranspose1d(64, 16, 1)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.encoder(self.up(self.lstm(x)[0].mT).mT)
+
+
+def test_weights_beside_the_blocks_are_named_and_warned_about():
+    with pytest.warns(PruningWarning, match=r"9\d% of the weights were left dense.*lstm.weight_hh"):
+        result = prune_model(Recurrent(), [torch.randn(3, 5, 16)])
+    assert result.coverage == 1
+    names = {weight.name for weight in result.left_dense if not weight.in_block}
+    assert names == {"lstm.weight_ih_l0", "lstm.weight_hh_l0", "up.weight"}
 
 
 def test_a_small_remainder_is_not_warned_about():

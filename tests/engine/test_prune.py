@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import AutoModelForCausalLM
 
 from symprune_lightning.engine.forward.calibration import Calibration
@@ -16,12 +18,16 @@ from symprune_lightning.engine.placement import WeightPlacement
 from symprune_lightning.engine.prune import prune_model
 from symprune_lightning.engine.sensitivity import measure_sensitivity
 from symprune_lightning.errors import PruningError, PruningWarning
-from symprune_lightning.functional.patterns import Unstructured
+from symprune_lightning.functional.allocation import OWL
+from symprune_lightning.functional.patterns import NM, Unstructured
+from symprune_lightning.functional.reconstruction import BlockReconstruction
 from symprune_lightning.functional.refiners import DSnoT, ExactSwap, R2DSnoT
 from symprune_lightning.functional.registry import leaves, lookup
-from symprune_lightning.functional.scores import RIA, Score
+from symprune_lightning.functional.scores import RIA, Score, Wanda
+from symprune_lightning.functional.solvers import ADMM
 from symprune_lightning.functional.statistics import Moments, Statistics
-from tests.models import LANGUAGE, batches, build, mlp
+from symprune_lightning.functional.update import MaskedCG
+from tests.models import LANGUAGE, batches, build, llama, mlp
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -448,9 +454,84 @@ def test_a_model_may_take_batches_without_tensors():
 
 
 def test_the_shapes_of_a_batch_on_which_the_model_fails_are_named():
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises(ValueError, match=r"layer 0 has 7 features, and its weight 16") as raised:
         prune_model(mlp(), [torch.randn(4, 16), torch.randn(4, 7)])
     assert any("(4, 7)" in note for note in raised.value.__notes__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_batches_of_another_dtype_leave_the_model_unchanged(dtype):
+    model = mlp()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"layer 0 is {dtype}, and its weight torch.float32"):
+        prune_model(model, [torch.randn(4, 16, dtype=dtype)])
+    assert all(torch.equal(dense[name], value) for name, value in model.state_dict().items())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prune_model(model, [torch.randn(4, 16, dtype=torch.bfloat16)]).sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": Wanda}, r"Wanda is a class: pass an instance, Wanda\(\)"),
+        ({"refine": ExactSwap}, "ExactSwap is a class"),
+        ({"refine": [ExactSwap]}, "ExactSwap is a class"),
+        ({"update": MaskedCG}, "MaskedCG is a class"),
+        ({"solver": ADMM}, "ADMM is a class"),
+        ({"allocation": OWL}, "OWL is a class"),
+        ({"reconstruct": BlockReconstruction}, "BlockReconstruction is a class"),
+        ({"pattern": NM}, "NM is a class"),
+        ({"pattern": (2, 4)}, r"\(2, 4\) is a tuple, and no Pattern"),
+        ({"score": None}, "None is a NoneType, and no Score"),
+        ({"score": ExactSwap()}, "is a ExactSwap, and no Score"),
+    ],
+)
+def test_neither_a_name_nor_an_instance(options, message):
+    with pytest.raises(TypeError, match=message):
+        prune_model(mlp(), [torch.randn(4, 16)], **options)
+
+
+def test_a_group_that_a_pattern_contradicts():
+    with pytest.raises(ValueError, match="group='layer' has no effect with NM"):
+        prune_model(mlp(), [torch.randn(4, 16)], pattern="2:4", group="layer")
+
+
+def test_a_lazy_layer():
+    model = nn.Sequential(nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"0\.weight has no shape yet: call the model once"):
+        prune_model(model, [torch.randn(4, 16)])
+
+
+def test_complex_weights():
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="layer 0 holds complex numbers"):
+        prune_model(model, [torch.randn(4, 4, dtype=torch.complex64)])
+
+
+def test_an_output_projection_that_is_tied_is_not_dropped_in_silence():
+    model = llama(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"`only` has lm_head, whose weight is that of model\."):
+        prune_model(model, batches(), only=["lm_head", "re:.*_proj"])
+    assert "lm_head" in prune_model(llama(), batches(), only=["lm_head", "re:.*_proj"]).masks
+
+
+def test_buffers_of_an_ignored_layer_do_not_change():
+    model = nn.Sequential(nn.Linear(16, 16), spectral_norm(nn.Linear(16, 16))).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = prune_model(model, [torch.randn(4, 16)], ignore=["1"])
+    assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
+    assert [(w.name, w.reason) for w in result.left_dense] == [
+        ("1.parametrizations.weight.original", "ignored")
+    ]
+
+
+def test_a_result_for_another_module():
+    model = mlp()
+    result = prune_model(model, [torch.randn(4, 16)])
+    with pytest.raises(ValueError, match=r"it has a layer part\.0"):
+        result.is_applied_to(nn.ModuleDict({"part": model}))
 
 
 def test_results_are_short_in_a_notebook():

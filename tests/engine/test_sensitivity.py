@@ -136,10 +136,28 @@ def test_loss_of_a_model_without_logits():
         return {"hidden": model(batch)}
 
     options = {"score": "gradientwanda", "group": "layer", "forward": forward}
-    with pytest.raises(ValueError, match=r"sensitivity needs logits, and forward returned dict"):
+    with pytest.raises(ValueError, match=r"sensitivity needs logits, .* forward returned dict"):
         prune_model(mlp(), data(), **options)
     result = prune_model(mlp(), data(), **options, loss=lambda m, b: m(b).square().sum())
     assert result.sparsity == 0.5
+
+
+@pytest.mark.parametrize("shape", [(1,), (8, 2, 2)])
+def test_an_output_that_is_no_classes(shape):
+    def forward(model, batch):
+        return model(batch)[:, : shape[0]] if len(shape) == 1 else model(batch).view(-1, 1, 2, 2)
+
+    options = {"score": "gradientwanda", "group": "layer", "forward": forward}
+    with pytest.raises(ValueError, match=r"two classes or more, and forward returned Tensor of"):
+        prune_model(mlp(), data(), **options)
+
+
+def test_gradients_that_are_all_zero():
+    def loss(model, batch):
+        return (0 * model(batch)).sum()
+
+    with pytest.raises(ValueError, match="all gradients of the loss are zero"):
+        prune_model(mlp(), data(), score="gradientwanda", group="layer", loss=loss)
 
 
 def test_no_batches():

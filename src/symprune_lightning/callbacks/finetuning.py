@@ -19,12 +19,13 @@ from symprune_lightning.callbacks.integration import (
     weight_averages,
 )
 from symprune_lightning.callbacks.schedule import CubicSchedule
-from symprune_lightning.checkpoints.masks import apply_masks, infer_masks, load_masks, match_layers
+from symprune_lightning.checkpoints.masks import apply_masks, infer_masks, load_masks
 from symprune_lightning.engine.distributed.dtensor import local_tensor
 from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.layers.changes import zero_masks
+from symprune_lightning.engine.layers.match import match_layers
 from symprune_lightning.engine.result import PruneResult
-from symprune_lightning.functional.packing import PackedMasks, pack
+from symprune_lightning.functional.packing import PackedMasks
 from symprune_lightning.module import pruning_target
 
 ZEROS = "zeros"
@@ -215,8 +216,9 @@ class MaskedFinetuning(Callback, PruningHooks):
 
     def _merge(self, masks: Mapping[str, Tensor]) -> None:
         """Merge masks: a weight is pruned if either mask prunes it."""
-        for name, mask in masks.items():
-            bits, columns = pack(mask).cpu(), mask.shape[1]
+        packed = masks if isinstance(masks, PackedMasks) else PackedMasks(masks)
+        for name in packed:
+            bits, columns = packed.packed(name)
             if name in self.masks:
                 bits = bits & self.masks.packed(name)[0]
             self.masks.add_packed(name, bits, columns)

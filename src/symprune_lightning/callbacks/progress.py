@@ -245,7 +245,8 @@ def _layer_type(name: str) -> str:
 def _describe_coverage(result: PruneResult) -> str:
     """Describe which weights of the decoder blocks the pruned layers hold."""
     text = f"{result.coverage:.1%} of the weights of the blocks are in pruned layers"
-    largest = ", ".join(f"{w.name} ({w.reason})" for w in result.left_dense[:2])
+    in_blocks = [weight for weight in result.left_dense if weight.in_block]
+    largest = ", ".join(f"{w.name} ({w.reason})" for w in in_blocks[:2])
     return f"{text}; dense: {largest}" if result.coverage < 0.95 and largest else text
 
 

@@ -5,16 +5,19 @@ Longer than 300 lines since the hooks of Lightning share the state of a run.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from symprune_lightning.callbacks.finetuning import MaskedFinetuning
@@ -89,7 +92,7 @@ class PruningCallback(Callback, PruningHooks, ABC):
             ``Distillation``, of the trained one.
 
     Raises:
-        ValueError: ``when`` is unknown, or a schedule is combined with a journal.
+        ValueError: ``when`` is unknown, or a schedule is combined with a journal or an iterator.
     """
 
     def __init__(
@@ -108,6 +111,11 @@ class PruningCallback(Callback, PruningHooks, ABC):
             raise ValueError(
                 "journal= cannot be combined with CubicSchedule; resume from Lightning's "
                 "checkpoints instead"
+            )
+        if isinstance(when, CubicSchedule) and isinstance(calibration, Iterator):
+            raise ValueError(
+                f"calibration is a {type(calibration).__name__}, which can be read once, and "
+                f"CubicSchedule reads it at every step that prunes: pass a list or a data loader"
             )
         self.when: When = when
         self.journal = journal
@@ -145,7 +153,11 @@ class PruningCallback(Callback, PruningHooks, ABC):
     @property
     def state_key(self) -> str:
         """Key in checkpoints, which differs for callbacks with other settings."""
-        return self._generate_state_key(**self.settings)
+        # Lightning prints it, and settings are long
+        digest = hashlib.sha256(
+            json.dumps(self.settings, sort_keys=True, default=str).encode()
+        ).hexdigest()
+        return self._generate_state_key(when=str(self.when), settings=digest[:8])
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether the checkpoint's weights are pruned, and the state of a schedule."""
@@ -253,6 +265,14 @@ class PruningCallback(Callback, PruningHooks, ABC):
         ``MaskedFinetuning`` trains pruned weights again.
         """
         own = "fit" if isinstance(self.when, CubicSchedule) else self.when.partition("_")[0]
+        # Tuner.lr_find and scale_batch_size end the fit before training starts
+        if any(getattr(callback, "_early_exit", False) for callback in trainer_callbacks(trainer)):
+            return
+        if stage != own and not self._is_result_of(pl_module):
+            rank_zero_info(
+                f"{type(self).__name__}(when={self.when!r}) prunes in Trainer.{own}, and has "
+                f"pruned nothing in this {TrainerFn(stage).value}"
+            )
         # a schedule may begin later than the fit ends, of which _check_schedule warns
         has_run = isinstance(self.when, CubicSchedule) and trainer.global_step > 0
         if stage == own and not self._is_done and not self._resumed and not has_run:

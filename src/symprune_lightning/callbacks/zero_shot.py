@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from symprune_lightning.callbacks.integration import tokenizer_of
 from symprune_lightning.engine.hooks import PruningHooks
@@ -36,6 +34,7 @@ class ZeroShot(Callback, PruningHooks):
     Raises:
         ValueError: ``tasks`` is empty, a task is unknown, there are several processes, or a
             checkpoint is streamed.
+        ModuleNotFoundError: lm_eval is not installed.
 
     Examples:
         >>> ZeroShot(["arc_easy"], limit=100).tasks
@@ -51,6 +50,10 @@ class ZeroShot(Callback, PruningHooks):
         batch_size: int = 8,
         include_path: str | None = None,
     ) -> None:
+        if find_spec("lm_eval") is None:
+            raise ModuleNotFoundError(
+                "ZeroShot needs lm_eval: pip install 'symprune-lightning[eval]'"
+            )
         if not tasks:
             raise ValueError("tasks is empty: pass at least one, such as ['arc_easy']")
         self.tasks = list(tasks)
@@ -62,6 +65,8 @@ class ZeroShot(Callback, PruningHooks):
     @cached_property
     def _manager(self) -> Any:
         """The registry of tasks; cached, since building it takes seconds."""
+        from lm_eval.tasks import TaskManager
+
         return TaskManager(include_path=self.include_path)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -97,6 +102,9 @@ class ZeroShot(Callback, PruningHooks):
             raise ValueError(
                 "ZeroShot uses the tokenizer of a CalibrationDataModule: pass one as datamodule"
             )
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
         results = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size),
             tasks=self.tasks,

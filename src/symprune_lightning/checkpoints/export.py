@@ -20,7 +20,6 @@ from symprune_lightning.checkpoints.masks import (
     FILE,
     FOLDER,
     infer_masks,
-    match_layers,
     save_masks,
 )
 from symprune_lightning.checkpoints.pretrained import Processor, local_folder
@@ -28,6 +27,7 @@ from symprune_lightning.engine.coverage import record_coverage
 from symprune_lightning.engine.distributed.communicator import Communicator
 from symprune_lightning.engine.distributed.sharding import full_state_dict
 from symprune_lightning.engine.files import PARTIAL, atomic_directory, hidden_sibling
+from symprune_lightning.engine.layers.match import match_layers
 from symprune_lightning.engine.layers.names import (
     COMPILED,
     has_transformers_adapters,

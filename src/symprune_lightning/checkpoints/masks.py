@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from symprune_lightning.engine.files import atomic_file
 from symprune_lightning.engine.layers.base import Layer
-from symprune_lightning.engine.layers.find import find_layers
+from symprune_lightning.engine.layers.exempt import exempt_layers
+from symprune_lightning.engine.layers.find import all_layers
+from symprune_lightning.engine.layers.match import match_layers
 from symprune_lightning.engine.layers.select import prunable_layers
 from symprune_lightning.functional.packing import PackedMasks
 
@@ -108,20 +110,35 @@ def infer_masks(model: nn.Module) -> PackedMasks:
     """Infer the masks of the layers that have zeros.
 
     Layers without any zero are not pruned, and layers that are all zero (a freshly initialised
-    adapter) are not either: they have no mask.
+    adapter) are not either: they have no mask. Heads, routers and output projections, which are
+    pruned only by name, have one if most of their rows have zeros: single rows of zeros are those
+    of unused tokens.
 
     Args:
         model: A pruned model.
 
     Returns:
         Layer name to bool mask ``(out_features, in_features)``, True = kept.
+
+    Raises:
+        ValueError: A layer with zeros is quantised, or computes its weight.
     """
     masks = PackedMasks()
-    for layer in prunable_layers(model):
-        mask = layer.matrix() != 0
-        if mask.any() and not mask.all():
-            masks.add(layer.name, mask)
+    layers = all_layers(model)
+    exempt = exempt_layers(model, layers)
+    # zeros in a weight that is computed, as by torch.nn.utils.prune, are refused
+    dense = [x.name for x in layers if x.is_computed and not _zeros(x).any()]
+    for layer in prunable_layers(model, ignore=dense, only=[x.name for x in layers] or None):
+        zeros = _zeros(layer)
+        in_rows = zeros.any(1) & ~zeros.all(1)
+        is_pruned = in_rows.float().mean() > 0.5 if layer.name in exempt else zeros.any()
+        if is_pruned and not zeros.all():
+            masks.add(layer.name, ~zeros)
     return masks
+
+
+def _zeros(layer: Layer) -> Tensor:
+    return layer.matrix() == 0
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -132,45 +149,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         masks: Layer name to bool mask ``(out_features, in_features)``, True = kept.
 
     Raises:
-        ValueError: The masks belong to another model; nothing has changed.
+        ValueError: The masks belong to another model, or are not bool; nothing has changed.
     """
     for layer in match_layers(model, masks):
         layer.mask_(masks[layer.name].to(layer.parameter.device))
-
-
-def match_layers(model: nn.Module, masks: Mapping[str, Tensor]) -> list[Layer]:
-    """Return the layers that masks belong to, in the order of the masks.
-
-    Raises:
-        ValueError: The model has no such layer, or one of another shape.
-    """
-    try:
-        layers = find_layers(model, masks)
-    except KeyError as error:
-        name, kind = error.args[0], type(model).__name__
-        prefixed = [n for n, _ in model.named_modules() if n.endswith(f".{name}")]
-        advice = "do the masks belong to another model?"
-        if prefixed:
-            part = prefixed[0].removesuffix(f".{name}")
-            advice = (
-                f"it has a layer {prefixed[0]}. If the masks belong to its part {part!r}, pass "
-                f"that module; in a LightningModule, set the attribute prunable_model to it"
-            )
-        raise ValueError(
-            f"there is a mask for layer {name}, which {kind} does not have: {advice}"
-        ) from None
-    for layer in layers:
-        shape, mask_shape = tuple(layer.shape), _shape(masks, layer.name)
-        if shape != mask_shape:
-            raise ValueError(
-                f"the mask of layer {layer.name} is {mask_shape}, its weight {shape}: do the "
-                f"masks belong to another model?"
-            )
-    return layers
-
-
-def _shape(masks: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    if isinstance(masks, PackedMasks):  # without unpacking
-        bits, columns = masks.packed(name)
-        return len(bits), columns
-    return tuple(masks[name].shape)

@@ -21,12 +21,13 @@ from rich.table import Table
 from torch import Tensor
 from torch.sparse import to_sparse_semi_structured
 
-from symprune_lightning.checkpoints.masks import infer_masks, load_masks, mask_files, match_layers
+from symprune_lightning.checkpoints.masks import infer_masks, load_masks, mask_files
 from symprune_lightning.checkpoints.masks_only import changes_of_weights
 from symprune_lightning.checkpoints.packed import INFO, packed_size
 from symprune_lightning.checkpoints.pretrained import load_model
 from symprune_lightning.checkpoints.weight_files import read_tensors, weight_files
 from symprune_lightning.engine.layers.base import Layer
+from symprune_lightning.engine.layers.match import match_layers
 
 TOKENS = (1, 128)
 """Numbers of tokens of the timed products: one generated token, and a prompt."""

@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from symprune_lightning.checkpoints.manifest import MANIFEST, read_manifest
-from symprune_lightning.checkpoints.masks import load_masks, match_layers
+from symprune_lightning.checkpoints.masks import load_masks
 from symprune_lightning.checkpoints.pretrained import model_class
 from symprune_lightning.checkpoints.weight_files import INDEX
 from symprune_lightning.data.datamodule import EVALUATION, CalibrationDataModule
 from symprune_lightning.data.sources import source_from_settings
+from symprune_lightning.engine.layers.match import match_layers
 from symprune_lightning.errors import VerificationError
 from symprune_lightning.functional.packing import PackedMasks
 from symprune_lightning.module import CausalLMModule

@@ -1,4 +1,4 @@
-"""Coverage: which weights of the decoder blocks are pruned, and why the others are not."""
+"""Coverage: which weights are pruned, and why the others are not."""
 
 from __future__ import annotations
 
@@ -43,26 +43,31 @@ def record_coverage(model: nn.Module, layers: Sequence[Layer], result: PruneResu
             return UNREACHED
         return exempt.get(layer.name, IGNORED)
 
+    # a layer that computes its weight is refused unless it is ignored
+    computed = {layer.name for layer in known if layer.is_computed}
     by_parameter: dict[int, list[Layer]] = {}
     for layer in known:
         by_parameter.setdefault(id(layer.parameter), []).append(layer)
-    for name, module, parameter in _block_weights(model, known):
+    for name, module, parameter, in_block in _weights(model, known):
         members = by_parameter.get(id(parameter), [])
         done = sum(layer.shape.numel() for layer in members if layer.name in pruned)
         # LongCat has matrices for experts that return their input, which it does not use
         size = parameter.numel()
         used = min(sum(layer.shape.numel() for layer in members), size) if members else size
-        result.coverage_counts.total += used
-        result.coverage_counts.pruned += done
+        if in_block:
+            result.coverage_counts.total += used
+            result.coverage_counts.pruned += done
         if done < used:
             reasons = {reason(layer) for layer in members if layer.name not in pruned}
-            reasons = reasons or {_reason_without_layer(module)}
+            is_parametrized = name.partition(".parametrizations.")[0] in computed
+            reasons = reasons or {IGNORED if is_parametrized else _reason_without_layer(module)}
             dense = DenseWeight(
                 name=name,
                 shape=tuple(parameter.shape),
                 num_weights=used - done,
                 reason=", ".join(sorted(reasons)),
-                is_intended=bool(members) or reasons == {ROUTER},
+                is_intended=bool(members) or reasons <= {ROUTER, IGNORED},
+                in_block=in_block,
             )
             result.left_dense.append(dense)
     result.left_dense.sort(key=lambda weight: -weight.num_weights)
@@ -71,12 +76,14 @@ def record_coverage(model: nn.Module, layers: Sequence[Layer], result: PruneResu
 def warn_about_coverage(result: PruneResult) -> None:
     """Warn if many weights were left dense that the settings do not exclude."""
     unintended = [weight for weight in result.left_dense if not weight.is_intended]
-    share = sum(w.num_weights for w in unintended) / max(result.coverage_counts.total, 1)
+    outside = sum(weight.num_weights for weight in unintended if not weight.in_block)
+    total = max(result.coverage_counts.total + outside, 1)
+    share = sum(weight.num_weights for weight in unintended) / total
     if 1 - share < THRESHOLD:
         largest = ", ".join(f"{w.name} ({w.reason})" for w in unintended[:5])
         more = f" and {len(unintended) - 5} more" if len(unintended) > 5 else ""
         warnings.warn(
-            f"{share:.0%} of the weights of the blocks were left dense although nothing excludes "
+            f"{share:.0%} of the weights were left dense although nothing excludes "
             f"them: {largest}{more}. PruneResult.sparsity is that of the pruned layers only; a "
             f"subclass of LayerKind would make these weights prunable",
             PruningWarning,
@@ -84,18 +91,20 @@ def warn_about_coverage(result: PruneResult) -> None:
         )
 
 
-def _block_weights(
+def _weights(
     model: nn.Module, layers: Sequence[Layer]
-) -> Iterable[tuple[str, nn.Module, nn.Parameter]]:
-    """Yield the parameters of the decoder blocks, or of a model without any, with their modules.
+) -> Iterable[tuple[str, nn.Module, nn.Parameter, bool]]:
+    """Yield all parameters with their modules, and whether they are in a decoder block.
 
-    Without vectors, and without embeddings, which are looked up and not multiplied by.
+    Without vectors, and without embeddings, which are looked up and not multiplied by. A model
+    without blocks counts as one.
     """
     names = module_names(model)
     blocks = list(decoder_blocks(model, layers)) or [model]
-    seen: set[int] = set()
-    for block in blocks:
-        for module in block.modules():
+    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    seen = {id(embedding.weight) for embedding in embeddings}
+    for part in (*blocks, model):
+        for module in part.modules():
             for key, parameter in module.named_parameters(recurse=False):
                 # the biases of packed experts are stacked vectors
                 is_vector = key.endswith("bias") or parameter.numel() == max(
@@ -104,7 +113,8 @@ def _block_weights(
                 if id(parameter) in seen or is_vector or isinstance(module, nn.Embedding):
                     continue
                 seen.add(id(parameter))
-                yield f"{names[module]}.{key}".lstrip("."), module, parameter
+                name = f"{names[module]}.{key}".lstrip(".")
+                yield name, module, parameter, part in blocks
 
 
 def _reason_without_layer(module: nn.Module) -> str:

@@ -19,7 +19,7 @@ from symprune_lightning.functional.patterns import (
 )
 from symprune_lightning.functional.reconstruction import BlockReconstruction
 from symprune_lightning.functional.refiners.base import MaskRefiner
-from symprune_lightning.functional.registry import leaves, lookup
+from symprune_lightning.functional.registry import checked_instance, leaves, lookup
 from symprune_lightning.functional.scores import RIA, Score
 from symprune_lightning.functional.solvers import LayerSolver
 from symprune_lightning.functional.statistics import CalibrationOrder, Need
@@ -129,7 +129,7 @@ class PruningMethod:
             update=None if update is None else lookup(WeightUpdate, update),  # type: ignore[type-abstract]
             solver=None if solver is None else lookup(LayerSolver, solver),  # type: ignore[type-abstract]
             allocation=None if allocation is None else lookup(AllocationMethod, allocation),
-            reconstruct=BlockReconstruction() if reconstruct is True else reconstruct or None,
+            reconstruct=_resolve_reconstruct(reconstruct),
             **settings,
         )
 
@@ -223,6 +223,11 @@ class PruningMethod:
 
     def _check_group(self) -> None:
         pattern = self.pattern
+        if pattern is not None and self.group not in ("output", pattern.group):
+            raise ValueError(
+                f"group={self.group!r} has no effect with {pattern}, whose weights compete within "
+                f"{pattern.group!r}: leave one of them out"
+            )
         if pattern is not None and self.sparsity not in (DEFAULT_SPARSITY, pattern.sparsity):
             raise ValueError(
                 f"sparsity={self.sparsity} has no effect with {pattern}, which prunes "
@@ -251,6 +256,14 @@ class PruningMethod:
             )
 
 
+def _resolve_reconstruct(
+    reconstruct: BlockReconstruction | bool | None,
+) -> BlockReconstruction | None:
+    if reconstruct is None or isinstance(reconstruct, bool):
+        return BlockReconstruction() if reconstruct else None
+    return checked_instance(BlockReconstruction, reconstruct)
+
+
 def _resolve_refine(refine: Refine) -> dict[str, list[MaskRefiner]]:
     if refine is None:
         return {}
@@ -259,5 +272,6 @@ def _resolve_refine(refine: Refine) -> dict[str, list[MaskRefiner]]:
 
 
 def _resolve_refiners(refiners: Refiners) -> list[MaskRefiner]:
-    chain = [refiners] if isinstance(refiners, MaskRefiner | str) else refiners
-    return [lookup(MaskRefiner, refiner) for refiner in chain]  # type: ignore[type-abstract]
+    if isinstance(refiners, str) or not isinstance(refiners, Sequence):
+        refiners = [refiners]
+    return [lookup(MaskRefiner, refiner) for refiner in refiners]  # type: ignore[type-abstract]

@@ -29,7 +29,7 @@ from symprune_lightning.engine.hooks import PruningHooks
 from symprune_lightning.engine.journal import Journal
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.names import unwrapped
-from symprune_lightning.engine.layers.select import decoder_blocks, prunable_layers
+from symprune_lightning.engine.layers.select import decoder_blocks, prunable_layers, refuse_tied
 from symprune_lightning.engine.method import (
     DEFAULT_SPARSITY,
     Experts,
@@ -221,6 +221,7 @@ def prune_with(
     layers = prunable_layers(
         model, method.ignore, method.only, allow_meta=not placement.always_loaded
     )
+    refuse_tied(model, layers, method.only or ())
     if method.experts == "all" and not any(layer.is_routed for layer in layers):
         raise ValueError(
             f"experts='all' requires packed experts, and {type(model).__name__} has none among the "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from symprune_lightning.engine.layers.find import find_layers
+from symprune_lightning.engine.layers.match import match_layers
 from symprune_lightning.functional.allocation import Allocation
 from symprune_lightning.functional.packing import PackedMasks
 
@@ -134,7 +134,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """A weight of the decoder blocks that was left dense, in full or in part.
+    """A weight that was left dense, in full or in part.
 
     Attributes:
         name: Qualified name of the parameter.
@@ -142,6 +142,7 @@ class DenseWeight:
         num_weights: Number of its entries that belong to no pruned layer.
         reason: Why: ``"ignored"``, ``"router"``, not reached, no layer.
         is_intended: Whether the settings exclude it, or a warning of its own has named it.
+        in_block: Whether it is in a decoder block, and so counted by ``PruneResult.coverage``.
     """
 
     name: str
@@ -149,6 +150,7 @@ class DenseWeight:
     num_weights: int
     reason: str
     is_intended: bool
+    in_block: bool
 
 
 @dataclass
@@ -179,7 +181,7 @@ class PruneResult:
         all_zero: Layers that were all zero before, such as adapters; they were left alone.
         trials: Candidates of a search over allocations, best first; empty without a search.
         blocks: One report per reconstructed block, in order; empty without reconstruction.
-        left_dense: Weights of the decoder blocks that were left dense, largest first.
+        left_dense: Weights that were left dense, without embeddings and vectors, largest first.
         coverage_counts: Numbers of weights behind ``coverage``.
     """
 
@@ -198,8 +200,12 @@ class PruneResult:
         return f"PruneResult({len(self.layers)} layers, sparsity {self.sparsity:.4f})"
 
     def is_applied_to(self, model: nn.Module) -> bool:
-        """Return whether the model's weights are zero wherever the masks prune."""
-        for layer in find_layers(model, self.masks):
+        """Return whether the model's weights are zero wherever the masks prune.
+
+        Raises:
+            ValueError: The model is not the one that was pruned, such as a module around it.
+        """
+        for layer in match_layers(model, self.masks):
             weight = layer.matrix()
             mask = self.masks[layer.name].to(weight.device)
             if bool((weight.masked_fill(mask, 0) != 0).any()):

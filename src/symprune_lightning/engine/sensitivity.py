@@ -80,8 +80,7 @@ def measure_sensitivity(
             else:
                 total = loss(calibration.model, batch)
             total.backward()  # type: ignore[no-untyped-call]
-    if not communicator.union_of_indices([0] if count else [], 1):
-        raise ValueError("the calibration set is empty: pass at least one batch")
+    calibration.check_not_empty(count)
     return dict(_reduced(layers, inputs, gradients, communicator))
 
 
@@ -100,10 +99,12 @@ def _drawn_loss(calibration: Calibration, batch: Any, number: int) -> Tensor:
     """Return the summed cross-entropy of labels drawn from the model's own distribution."""
     output = calibration.forward(calibration.model, batch)
     logits = logits_of(output)
-    if logits is None or logits.dim() < 2:
+    if logits is None or logits.dim() not in (2, 3) or logits.shape[-1] < 2:
+        shape = "" if logits is None else f" of shape {tuple(logits.shape)}"
         raise ValueError(
-            f"sensitivity needs logits, and forward returned {type(output).__name__}: pass "
-            f"loss=, or define calibration_loss(batch) in the LightningModule"
+            f"sensitivity needs logits, (batch, classes) or (batch, tokens, classes) with two "
+            f"classes or more, and forward returned {type(output).__name__}{shape}: pass loss=, or "
+            f"define calibration_loss(batch) in the LightningModule"
         )
     mask = valid_tokens(batch, calibration.model)
     flat = logits.flatten(0, -2)
@@ -139,6 +140,11 @@ def _reduced(
     """Sum over ranks, and yield the statistics of the layers that were reached."""
     sums = [s for x in layers for s in (inputs[x.name], gradients[x.name])]
     communicator.all_reduce_sum_([total for s in sums for total in s.totals.values()])
+    if not any(bool(x.totals["total_square"].any()) for x in gradients.values()):
+        raise ValueError(
+            "all gradients of the loss are zero: check loss=, or calibration_loss(batch) of the "
+            "LightningModule, and that the model does not detach its output"
+        )
     for layer in layers:
         gradient = gradients[layer.name].value
         if int(gradient.tokens):

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from symprune_lightning.functional.registry import checked_instance
 from symprune_lightning.functional.selection import kth_lowest
 
 Group = Literal["output", "input", "layer", "block", "model"]
@@ -223,6 +224,7 @@ def resolve_pattern(
 
     Raises:
         ValueError: The string is not of the form ``"N:M"``, or a value is out of range.
+        TypeError: It is neither a string nor a pattern.
 
     Examples:
         >>> resolve_pattern("2:4")
@@ -232,8 +234,8 @@ def resolve_pattern(
     """
     if pattern is None:
         return Unstructured(sparsity, group)
-    if isinstance(pattern, Pattern):
-        return pattern
+    if not isinstance(pattern, str):
+        return checked_instance(Pattern, pattern)  # type: ignore[type-abstract]
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if match is None:
         raise ValueError(f"pattern is {pattern!r}; write it as 'N:M', for example '2:4'")

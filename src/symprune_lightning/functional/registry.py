@@ -22,6 +22,7 @@ def lookup(base: type[T], method: T | str) -> T:
 
     Raises:
         ValueError: No subclass has the name, several have it, or the class has required arguments.
+        TypeError: It is neither a name nor an instance.
 
     Examples:
         >>> from symprune_lightning.functional.scores import Score
@@ -29,7 +30,7 @@ def lookup(base: type[T], method: T | str) -> T:
         RIA(alpha=0.5)
     """
     if not isinstance(method, str):
-        return method
+        return checked_instance(base, method)
     candidates = list(leaves(base))
     matches = [c for c in candidates if _normalized(c.__name__) == _normalized(method)]
     if not matches:
@@ -46,6 +47,22 @@ def lookup(base: type[T], method: T | str) -> T:
             f"one, or pass an instance"
         )
     return _default_instance(matches[0])
+
+
+def checked_instance(base: type[T], method: object) -> T:
+    """Return `method` if it is an instance of `base`.
+
+    Raises:
+        TypeError: It is a class, or of another type.
+    """
+    if isinstance(method, base):
+        return method
+    if isinstance(method, type):
+        raise TypeError(f"{method.__name__} is a class: pass an instance, {method.__name__}()")
+    raise TypeError(
+        f"{method!r} is a {type(method).__name__}, and no {base.__name__}: pass an instance or a "
+        f"name"
+    )
 
 
 def leaves(base: type[T]) -> Iterator[type[T]]:

@@ -63,7 +63,7 @@ def test_invalid_regular_expression():
 
 
 def test_model_without_layers():
-    with pytest.raises(ValueError, match="nothing to prune: Sequential has 0 layers that can"):
+    with pytest.raises(ValueError, match="nothing to prune: Sequential has no linear layers"):
         prunable_layers(nn.Sequential(nn.ReLU()))
 
 

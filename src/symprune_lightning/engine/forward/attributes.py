@@ -55,15 +55,16 @@ class ForwardAttributes:
 
 def _changeable(module: nn.Module) -> list[str]:
     """Return the names of attributes that a forward may change."""
+    cls: Any = type(module)
     # declared by the class: settings, such as the plans of transformers' models
     own = {name: value for name, value in vars(module).items() if not hasattr(type(module), name)}
     containers = {name for name, value in own.items() if _may_hold_tensors(value)}
     fixed = {*module._modules, *module._parameters, *_INTERNAL}
-    return sorted((containers | _assigned(type(module))) - fixed)
+    return sorted((containers | _assigned(cls)) - fixed)
 
 
 @cache
-def _assigned(cls: type[nn.Module]) -> frozenset[str]:
+def _assigned(cls: type) -> frozenset[str]:
     """Return the names of attributes that methods assign, other than the constructor."""
     names: set[str] = set()
     for base in cls.__mro__:

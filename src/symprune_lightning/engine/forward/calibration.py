@@ -45,6 +45,18 @@ class Calibration:
     offload: str | os.PathLike[str] | None = None
     measures_all_tokens: bool = False
 
+    def check_not_empty(self, count: int) -> None:
+        """Raise ``ValueError`` if no rank has a batch; a collective.
+
+        Args:
+            count: Number of this rank's batches.
+        """
+        if not self.communicator.union_of_indices([0] if count else [], 1):
+            raise ValueError(
+                "the calibration set is empty: pass at least one batch; an iterator that was read "
+                "before has none left, so pass a list or a data loader"
+            )
+
 
 def call_model(model: nn.Module, batch: Any, advice: str) -> object:
     """Call a model: mappings as keyword arguments, tuples and lists as positional ones.

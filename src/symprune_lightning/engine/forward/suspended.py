@@ -154,8 +154,7 @@ class SuspendedForward:
             self._leave_block()
             if self.order == "dense":
                 self.placement.for_each_block(self.layers, self._complete)
-        if not self.calibration.communicator.union_of_indices([0] if count else [], 1):
-            raise ValueError("the calibration set is empty: pass at least one batch")
+        self.calibration.check_not_empty(count)
 
     def _start(self, suspended: list[SuspendedBatch]) -> tuple[int, Exception | None]:
         """Start every batch; a batch that reaches no wait point finishes immediately."""

@@ -17,6 +17,7 @@ from symprune_lightning.engine.distributed.dtensor import (
     local_tensor,
     shard_like,
 )
+from symprune_lightning.engine.eval_mode import eval_mode
 from symprune_lightning.functional.tensors import at_least_float32, row_chunks, zero_
 
 
@@ -59,9 +60,15 @@ class Layer:
         # not getattr first: a stand-in may shadow it, see stand_in.py
         parameter = self.module._parameters.get(self.parameter_name)
         if parameter is None:  # computed, which is refused later
-            parameter = getattr(self.module, self.parameter_name)
+            with eval_mode(self.module):  # a spectral norm changes its buffers otherwise
+                parameter = getattr(self.module, self.parameter_name)
         assert isinstance(parameter, Tensor)
         return parameter
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the weight is no parameter of its own: a parametrization, or a pruning hook."""
+        return self.module._parameters.get(self.parameter_name) is None
 
     @property
     def matrix_key(self) -> tuple[int, object]:

@@ -72,7 +72,7 @@ def _heads(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
         if callable(classifier):
             try:
                 heads = classifier()
-            except TypeError:  # a method of another meaning, with arguments
+            except Exception:
                 continue
             for head in heads if isinstance(heads, tuple) else (heads,):
                 if isinstance(head, nn.Module):

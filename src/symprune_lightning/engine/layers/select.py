@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.exempt import exempt_layers
@@ -58,6 +59,7 @@ def prunable_layers(
         >>> [layer.name for layer in prunable_layers(model, ignore=["re:2"])]
         ['0']
     """
+    _check_initialised(model)
     candidates = all_layers(model)
     _check_not_quantised(model)
     names = [layer.name for layer in candidates]
@@ -76,6 +78,11 @@ def prunable_layers(
         if owners.setdefault(id(layer.parameter), layer.module) is layer.module:
             _check_weight(layer, allow_meta=allow_meta)
             layers.append(layer)
+    if not candidates:
+        raise ValueError(
+            f"nothing to prune: {type(model).__name__} has no linear layers, packed experts or "
+            f"convolutions; a LayerKind makes other weights prunable"
+        )
     if not layers:
         raise ValueError(
             f"nothing to prune: {type(model).__name__} has {len(candidates)} layers that can be "
@@ -91,6 +98,26 @@ def _parameter_owners(model: nn.Module, layers: Sequence[Layer]) -> dict[int, nn
     holders = {layer.module for layer in layers}
     others = [module for module in model.modules() if module not in holders]
     return {id(p): module for module in others for p in module.parameters(recurse=False)}
+
+
+def refuse_tied(model: nn.Module, layers: Sequence[Layer], only: Sequence[str]) -> None:
+    """Raise ``ValueError`` if ``only`` has the exact name of a layer that is tied to another one.
+
+    Args:
+        model: The model.
+        layers: The layers that `prunable_layers` returned.
+        only: Its argument.
+    """
+    owners = _parameter_owners(model, all_layers(model))
+    names = module_names(model)
+    selected = {layer.name for layer in layers}
+    for layer in all_layers(model):
+        owner = owners.get(id(layer.parameter))
+        if layer.name in only and layer.name not in selected and owner is not None:
+            raise ValueError(
+                f"`only` has {layer.name}, whose weight is that of {names[owner]}, a "
+                f"{type(owner).__name__}: untie them first, or leave it out"
+            )
 
 
 def excluded_layers(model: nn.Module, layers: Iterable[Layer]) -> list[Layer]:
@@ -156,12 +183,20 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
         raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from None
     if not matches:
         is_unmarked = not pattern.startswith("re:") and bool(set(pattern) & set("*+?[]()|^$"))
-        hint = f" (as a pattern: 're:{pattern}')" if is_unmarked else ""
+        # `*` as in a shell
+        expression = re.sub(r"(?<![.\])])\*", ".*", pattern)
+        hint = f" (as a pattern: 're:{expression}')" if is_unmarked else ""
         raise ValueError(
             f"{pattern!r} matches none of the {len(names)} layers{hint}, which are: "
             f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
         )
     return matches
+
+
+def _check_initialised(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"{name} has no shape yet: call the model once before pruning it")
 
 
 def _check_not_quantised(model: nn.Module) -> None:
@@ -182,7 +217,7 @@ def _check_not_quantised(model: nn.Module) -> None:
 
 
 def _check_weight(layer: Layer, *, allow_meta: bool) -> None:
-    if layer.module._parameters.get(layer.parameter_name) is None:
+    if layer.is_computed:
         raise ValueError(
             f"layer {layer.name} computes its weight (a parametrization, or torch.nn.utils.prune): "
             f"zeros would not persist; make the weight a plain parameter first"
@@ -195,6 +230,8 @@ def _check_weight(layer: Layer, *, allow_meta: bool) -> None:
             f"layer {layer.name} holds a {type(weight).__name__}, which is quantised: prune the "
             f"model before quantising it"
         )
+    if weight.is_complex():
+        raise ValueError(f"layer {layer.name} holds complex numbers, which are not supported")
     if weight.dtype not in FLOATING_DTYPES or len(layer.shape) != 2:
         raise ValueError(
             f"layer {layer.name} holds {weight.dtype} of shape {tuple(weight.shape)}: it is "

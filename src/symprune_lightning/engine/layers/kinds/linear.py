@@ -10,11 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from symprune_lightning.engine.distributed.dtensor import is_dtensor
 from symprune_lightning.engine.layers.base import (
     Layer,
     LayerKind,
+    Tokens,
     Visit,
     watch_first_argument,
 )
@@ -35,7 +38,31 @@ class LinearKind(LayerKind):
         self, module: nn.Module, layers: Sequence[Layer], visit: Visit
     ) -> AbstractContextManager[None]:
         """See `LayerKind`."""
-        return watch_first_argument(module, layers, visit)
+
+        def visit_checked(layer: Layer, x: Tensor, tokens: Tokens | None = None) -> None:
+            _check_input(layer, x)
+            visit(layer, x, tokens)
+
+        # a forward of its own may convert its input
+        has_own = type(module).forward is not nn.Linear.forward
+        return watch_first_argument(module, layers, visit if has_own else visit_checked)
+
+
+def _check_input(layer: Layer, x: Tensor) -> None:
+    """Refuse an input that the layer cannot be called with, before the layer is pruned."""
+    weight = layer.parameter
+    if is_dtensor(weight):
+        return
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"the input of layer {layer.name} has {x.shape[-1]} features, and its weight "
+            f"{weight.shape[1]}: the batches do not fit the model"
+        )
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"the input of layer {layer.name} is {x.dtype}, and its weight {weight.dtype}: convert "
+            f"the batches, or the model"
+        )
 
 
 class ReadLinearKind(StandInKind):
