@@ -15,14 +15,13 @@ from symprune_lightning.checkpoints.manifest import read_manifest
 from symprune_lightning.checkpoints.masks import apply_masks, load_masks
 from symprune_lightning.checkpoints.packed import (
     FORMAT_VERSION,
-    INFO,
     copy_others,
     read_info,
     sha256,
     source_and_destination,
 )
 from symprune_lightning.checkpoints.pretrained import load_model, local_folder
-from symprune_lightning.checkpoints.weight_files import read_tensors, weight_files
+from symprune_lightning.checkpoints.weight_files import INFO, read_tensors, weight_files
 from symprune_lightning.engine.files import atomic_directory, write_json
 
 
@@ -55,7 +54,7 @@ def pack_masks(
         OSError: ``output`` cannot be written, has other files, or is ``folder``; or ``base`` cannot
             be loaded.
     """
-    source, path = source_and_destination(folder, output)
+    source, path = source_and_destination(folder, output, packs=True)
     files = weight_files(source)
     load_masks(source)  # raises if there are none
     changed = changes_of_weights(source)
@@ -109,7 +108,7 @@ def restore_from_masks(
             ``trust_remote_code`` is passed without ``base``.
         OSError: ``output`` cannot be written, or has other files; or ``base`` cannot be loaded.
     """
-    source, path = source_and_destination(folder, output)
+    source, path = source_and_destination(folder, output, packs=False)
     info = read_info(source)
     pointer = info.get("base")
     if pointer is None:

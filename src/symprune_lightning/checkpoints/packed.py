@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from symprune_lightning.checkpoints.export import check_destination
+from symprune_lightning.checkpoints.manifest import MANIFEST
 from symprune_lightning.checkpoints.masks import FILE, FOLDER, load_masks, save_masks
 from symprune_lightning.checkpoints.weight_files import (
+    INFO,
     check_inside,
     open_weights,
     read_tensors,
@@ -24,9 +26,6 @@ from symprune_lightning.checkpoints.weight_files import (
 )
 from symprune_lightning.engine.files import atomic_directory, write_json
 from symprune_lightning.functional.packing import pack, unpack
-
-INFO = "packed.json"
-"""Names, shapes and hashes of all tensors of a packed copy."""
 
 FORMAT_VERSION = 1
 VALUES, MASK = "::values", "::mask"
@@ -52,7 +51,7 @@ def pack_checkpoint(folder: str | Path, output: str | Path) -> Path:
         FileNotFoundError: ``folder`` has no weights in safetensors.
         OSError: ``output`` cannot be written, has other files, or is ``folder``.
     """
-    source, path = source_and_destination(folder, output)
+    source, path = source_and_destination(folder, output, packs=True)
     files = weight_files(source)
     names = _reproducible_masks(source, files)
     info: dict[str, Any] = {"format_version": FORMAT_VERSION, "masks": names, "tensors": {}}
@@ -93,7 +92,7 @@ def unpack_checkpoint(folder: str | Path, output: str | Path) -> Path:
         ValueError: The copy is damaged, or of another version.
         OSError: ``output`` cannot be written, or has other files.
     """
-    source, path = source_and_destination(folder, output)
+    source, path = source_and_destination(folder, output, packs=False)
     info = read_info(source)
     if info.get("base") is not None:
         raise ValueError(
@@ -116,16 +115,30 @@ def unpack_checkpoint(folder: str | Path, output: str | Path) -> Path:
     return path
 
 
-def source_and_destination(folder: str | Path, output: str | Path) -> tuple[Path, Path]:
+def source_and_destination(
+    folder: str | Path, output: str | Path, *, packs: bool
+) -> tuple[Path, Path]:
     """Return the absolute paths of a copy's source and destination, which can be written.
 
+    Args:
+        folder: The source.
+        output: The destination. Replaced are a packed copy by another one, and a checkpoint by one
+            with the same manifest.
+        packs: Whether the source is a checkpoint, and the destination a packed copy.
+
     Raises:
-        OSError: See ``check_destination``; or they are the same folder.
+        OSError: See ``check_destination``; or they are the same folder, or the destination is
+            another checkpoint.
     """
     source = Path(folder).expanduser().resolve()
     path = check_destination(output)
     if source == path:
         raise FileExistsError(f"{path} would replace itself: write to another folder")
+    before, after = path / MANIFEST, source / MANIFEST
+    is_same = before.is_file() and after.is_file() and before.read_bytes() == after.read_bytes()
+    is_replaced = (path / INFO).is_file() if packs else is_same and not (path / INFO).is_file()
+    if path.is_dir() and any(path.iterdir()) and not is_replaced:
+        raise FileExistsError(f"{path} holds another checkpoint: choose a new folder")
     return source, path
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 import transformers
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -26,8 +23,8 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-HUB_TIMEOUT = 5.0
-"""Seconds to wait for a connection to the hub."""
+from symprune_lightning.checkpoints.hub import check_hub
+from symprune_lightning.checkpoints.weight_files import refuse_packed
 
 IGNORE_INDEX = -100
 """Label of positions that are excluded from the loss, as in transformers."""
@@ -54,19 +51,13 @@ def load_model(
 
     Raises:
         FileNotFoundError: ``pretrained`` is a path that does not exist.
-        ValueError: ``dtype`` is unknown, or the checkpoint needs ``trust_remote_code``.
-        OSError: The checkpoint has no weights in safetensors.
+        ValueError: ``dtype`` is unknown, the checkpoint needs ``trust_remote_code``, is a packed
+            copy, or lacks weights of the model.
+        OSError: The checkpoint has no weights in safetensors, or they are damaged.
     """
     torch_dtype = _resolve_dtype(dtype, pretrained)
     if not _is_gguf(pretrained):
-        # no pickled weights: unpickling can execute code
-        loaded: PreTrainedModel = model_class(pretrained, trust_remote_code).from_pretrained(
-            **_source_arguments(pretrained),
-            dtype=torch_dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
-        return loaded
+        return _load_safetensors(pretrained, torch_dtype, trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(
         **_source_arguments(pretrained), dtype=torch_dtype, trust_remote_code=trust_remote_code
     )
@@ -75,6 +66,34 @@ def load_model(
     vars(model.config).pop("quantization_config", None)
     for attribute in ("hf_quantizer", "is_quantized"):
         vars(model).pop(attribute, None)
+    return model
+
+
+def _load_safetensors(
+    pretrained: str, dtype: torch.dtype | str, trust_remote_code: bool
+) -> PreTrainedModel:
+    folder = local_folder(pretrained)
+    if folder is not None:
+        refuse_packed(folder)
+    model: PreTrainedModel
+    try:
+        # no pickled weights: unpickling can execute code
+        model, info = model_class(pretrained, trust_remote_code).from_pretrained(
+            **_source_arguments(pretrained),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise OSError(f"the weights of {pretrained} are damaged or truncated: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers initialises them at random
+        raise ValueError(
+            f"{pretrained} lacks {len(missing)} of the weights of {type(model).__name__}, such as "
+            f"{missing[0]}: the checkpoint is incomplete, or its config.json is that of another "
+            f"model"
+        )
     return model
 
 
@@ -138,9 +157,17 @@ def load_tokenizer(pretrained: str, *, trust_remote_code: bool = False) -> Token
         FileNotFoundError: ``pretrained`` is a path that does not exist.
         ValueError: The checkpoint needs ``trust_remote_code``.
     """
-    return AutoTokenizer.from_pretrained(
-        **_source_arguments(pretrained), trust_remote_code=trust_remote_code
-    )
+    arguments = _source_arguments(pretrained)
+    try:
+        return AutoTokenizer.from_pretrained(**arguments, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{pretrained} has no tokenizer that can be read: save it there, "
+            f"tokenizer.save_pretrained({pretrained!r}) ({reason})"
+        ) from error
 
 
 def load_processor(pretrained: str, *, trust_remote_code: bool = False) -> Processor:
@@ -229,7 +256,7 @@ def _source_arguments(pretrained: str) -> dict[str, str]:
     """Arguments of ``from_pretrained`` that name the source."""
     source = resolve_source(pretrained)
     if isinstance(source, str):
-        _check_hub(source)
+        check_hub(source, "model", f"pass a folder (./{source}) or a .gguf file")
     if isinstance(source, Path) and _is_gguf(pretrained):
         if find_spec("gguf") is None:
             raise ModuleNotFoundError(
@@ -238,27 +265,6 @@ def _source_arguments(pretrained: str) -> dict[str, str]:
             )
         return {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     return {"pretrained_model_name_or_path": str(source)}
-
-
-def _check_hub(name: str) -> None:
-    """Raise ``OSError`` if a model is not in the cache, and the hub cannot be reached.
-
-    The libraries that load it would retry for a minute.
-    """
-    folder = repo_folder_name(repo_id=name, repo_type="model")
-    is_cached = (Path(constants.HF_HUB_CACHE) / folder).is_dir()
-    if is_cached or constants.HF_HUB_OFFLINE or getproxies().keys() & {"https", "all"}:
-        return
-    address = urlsplit(constants.ENDPOINT)
-    port = address.port or (80 if address.scheme == "http" else 443)
-    try:
-        socket.create_connection((str(address.hostname), port), timeout=HUB_TIMEOUT).close()
-    except OSError as error:
-        raise OSError(
-            f"{name} is no folder here and not in the cache, and {constants.ENDPOINT} cannot be "
-            f"reached ({error}): pass a folder (./{name}) or a .gguf file, or connect to the "
-            f"network"
-        ) from error
 
 
 def _resolve_dtype(name: str, pretrained: str) -> torch.dtype | str:

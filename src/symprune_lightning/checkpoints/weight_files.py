@@ -15,6 +15,9 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+INFO = "packed.json"
+"""Names, shapes and hashes of all tensors of a packed copy."""
+
 BYTES_AT_ONCE = 2**24
 """Number of bytes that `copy_tensor` reads at once."""
 
@@ -40,6 +43,14 @@ def weight_files(folder: Path) -> dict[str, str]:
         )
     with open_weights(folder / SINGLE) as opened:
         return dict.fromkeys(opened.keys(), SINGLE)
+
+
+def refuse_packed(folder: Path) -> None:
+    """Raise ``ValueError`` if a folder is a packed copy, which runtimes cannot load."""
+    if (folder / INFO).is_file():
+        raise ValueError(
+            f"{folder} is a packed copy: restore the checkpoint first, see `symprune unpack --help`"
+        )
 
 
 @contextmanager

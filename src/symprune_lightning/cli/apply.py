@@ -7,8 +7,8 @@ from pathlib import Path
 from symprune_lightning.checkpoints.export import check_destination, export_model
 from symprune_lightning.checkpoints.masks import apply_masks, load_masks
 from symprune_lightning.checkpoints.masks_only import restore_from_masks
-from symprune_lightning.checkpoints.packed import INFO
 from symprune_lightning.checkpoints.pretrained import load_model, load_tokenizer
+from symprune_lightning.checkpoints.weight_files import INFO
 
 
 def apply(

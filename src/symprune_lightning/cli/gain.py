@@ -23,9 +23,9 @@ from torch.sparse import to_sparse_semi_structured
 
 from symprune_lightning.checkpoints.masks import infer_masks, load_masks, mask_files
 from symprune_lightning.checkpoints.masks_only import changes_of_weights
-from symprune_lightning.checkpoints.packed import INFO, packed_size
+from symprune_lightning.checkpoints.packed import packed_size
 from symprune_lightning.checkpoints.pretrained import load_model
-from symprune_lightning.checkpoints.weight_files import read_tensors, weight_files
+from symprune_lightning.checkpoints.weight_files import read_tensors, refuse_packed, weight_files
 from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.match import match_layers
 
@@ -118,10 +118,7 @@ def pruned_layers(folder: Path, trust_remote_code: bool = False) -> list[Layer]:
     Raises:
         ValueError: No layer has zeros, or the folder is a packed copy.
     """
-    if (folder / INFO).is_file():
-        raise ValueError(
-            f"{folder} is a packed copy: measure the checkpoint, see `symprune unpack`"
-        )
+    refuse_packed(folder)
     weight_files(folder)  # raises if there are none
     model = load_model(str(folder), dtype="float32", trust_remote_code=trust_remote_code)
     masks = load_masks(folder) if mask_files(folder) else infer_masks(model)

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from symprune_lightning.checkpoints.pretrained import load_tokenizer
 from symprune_lightning.data.overlap import check_overlap
 from symprune_lightning.data.protocols import PROTOCOLS, WindowProtocol, consecutive
-from symprune_lightning.data.self_text import SELF, SelfText, sample_sequences
+from symprune_lightning.data.self_text import SelfText, sample_sequences
 from symprune_lightning.data.sources import Evaluation, source_settings
-from symprune_lightning.data.texts import Texts, TextSource
+from symprune_lightning.data.texts import SELF, Texts, TextSource
 from symprune_lightning.data.tokens import TokenReader, required
 from symprune_lightning.data.windows import (
     WindowDataset,

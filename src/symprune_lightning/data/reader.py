@@ -14,6 +14,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import datasets
+from torch.utils.data import DataLoader
 
 from symprune_lightning.data.texts import PYTHON_DOCS, Texts, TextSource
 from symprune_lightning.errors import PruningWarning
@@ -26,6 +27,9 @@ MAX_EMPTY = 0.1
 
 NUM_JUDGED = 200
 """Rows from which that is judged."""
+
+MAX_PATH = 4096
+"""Characters of a path; a longer string is a text."""
 
 MIN_JUDGED = 20
 """Number of rows below which it is not judged."""
@@ -50,6 +54,11 @@ class TextReader:
         self.seed = seed
         if isinstance(source, str) and source == PYTHON_DOCS:
             source = list(topics.values())
+        if isinstance(source, str) and ("\n" in source or len(source) > MAX_PATH):
+            raise ValueError(
+                f"{name} is one text of {len(source)} characters, where a path or a name of the "
+                f"hub is expected: pass a list of texts, [text]"
+            )
         if isinstance(source, str | PathLike):
             source = TextSource(os.fspath(source))
         self.name, self.column = name, "text"
@@ -131,6 +140,16 @@ class TextReader:
     def _texts_of(self, rows: Any) -> Any:
         """Return the column of a dataset; other iterables as they are."""
         check_one_split(rows, self.name)
+        if isinstance(rows, DataLoader):
+            raise ValueError(
+                f"{self.name} is a DataLoader, which yields batches: pass its dataset, "
+                f"loader.dataset"
+            )
+        if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # iterates over its columns
+            raise ValueError(
+                f"{self.name} is a {type(rows).__name__}: pass one of its columns as a list of "
+                f"texts, frame['text'].tolist()"
+            )
         if isinstance(rows, Mapping | bytes):
             raise ValueError(
                 f"{self.name} is a {type(rows).__name__}: pass an iterable of texts, of token ids "
@@ -198,7 +217,10 @@ def check_column(rows: Any, column: str, name: str) -> None:
     """Raise ``ValueError`` if a dataset has no such column; streams may not know theirs."""
     columns = rows.column_names
     if columns is not None and column not in columns:
-        raise ValueError(f"{name} has no column {column!r}; its columns are: {', '.join(columns)}")
+        raise ValueError(
+            f"{name} has no column {column!r}; its columns are: {', '.join(columns)}. Name one, "
+            f"TextSource(column=...), or rename it, dataset.rename_column(..., {column!r})"
+        )
 
 
 def is_blank(text: Any) -> bool:

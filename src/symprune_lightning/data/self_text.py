@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.engine.eval_mode import eval_mode
 
-SELF = "self"
 """Name of the source with default arguments."""
 
 CHUNK = 16

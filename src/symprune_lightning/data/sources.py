@@ -9,8 +9,8 @@ from os import PathLike
 from typing import Any
 
 from symprune_lightning.data.protocols import C4, PROTOCOLS, PTB, WikiText2, WindowProtocol
-from symprune_lightning.data.self_text import SELF, SelfText
-from symprune_lightning.data.texts import Texts, TextSource
+from symprune_lightning.data.self_text import SelfText
+from symprune_lightning.data.texts import SELF, Texts, TextSource
 
 # The order matters, see Texts.
 Evaluation = (

@@ -10,7 +10,10 @@ from typing import Any
 
 import datasets
 
+from symprune_lightning.checkpoints.hub import check_hub
+
 PYTHON_DOCS = "python-docs"
+SELF = "self"
 FORMATS = {
     ".txt": "text",
     ".jsonl": "json",
@@ -91,12 +94,20 @@ class TextSource:
         files = [x for x in folder.rglob("*") if x.is_file() and not x.name.startswith(".")]
         return bool(files) and all(_suffixes(x) == [".txt"] for x in files)
 
+    def _check_hub(self) -> None:
+        """Raise ``OSError`` for a dataset of the hub if there is no network."""
+        is_builder = bool(self.data_files) and "/" not in self.path  # such as "json"
+        processed = Path(datasets.config.HF_DATASETS_CACHE) / self.path.replace("/", "___")
+        if not is_builder and not processed.is_dir():
+            check_hub(self.path, "dataset", f"pass a file or folder (./{self.path})")
+
     def load(self) -> Any:
         """Return the dataset.
 
         Raises:
             FileNotFoundError: ``path`` is a text file that does not exist.
             ValueError: The file is empty, or has another format.
+            OSError: It is a dataset of the hub, which cannot be reached.
         """
         path = Path(self.path).expanduser()
         file_format = self._file_format
@@ -104,6 +115,16 @@ class TextSource:
         if file_format == "text" or (file_format is None and self._are_text_files(path)):
             options["sample_by"] = "paragraph"
         if file_format is None:
+            if self.path == SELF:
+                raise ValueError(
+                    f"{SELF!r} is a source of calibration texts only: evaluate on other texts"
+                )
+            if path.is_file():
+                raise ValueError(
+                    f"{path} has no known format: use one of {', '.join(FORMATS)}, also compressed"
+                )
+            if not path.exists():
+                self._check_hub()
             return datasets.load_dataset(
                 str(path) if path.exists() else self.path,
                 self.name,

@@ -223,6 +223,8 @@ class Journal:
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not files:  # nothing is recorded: a run that failed early, perhaps of other settings
+                self._discard_values(path, fingerprint)
             if not path.is_file():
                 write_json(path, {"format_version": FORMAT_VERSION, **fingerprint})
         except OSError as error:
@@ -234,6 +236,14 @@ class Journal:
                 for name, header in records.items():
                     headers[kind][name] = {**header, "file_index": index}
         return json.dumps(headers)
+
+    def _discard_values(self, path: Path, fingerprint: dict[str, Any]) -> None:
+        """Delete the values of another run that has recorded no layer."""
+        try:
+            self._check_run(path, fingerprint)
+        except (JournalError, OSError):
+            for file in self.folder.glob("*.json"):
+                file.unlink()
 
     def _check_run(self, path: Path, fingerprint: dict[str, Any]) -> None:
         """Raise ``JournalError`` if the journal is of another version or run."""

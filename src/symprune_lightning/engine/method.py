@@ -234,6 +234,12 @@ class PruningMethod:
                 f"{pattern.sparsity:.0%} of the weights: pass one of them (where a recipe sets "
                 f"sparsity, sparsity={DEFAULT_SPARSITY} takes it back)"
             )
+        is_fixed = isinstance(self.pattern, NM) or self.budget(0.0).group in ("block", "model")
+        if self.allocation is not None and is_fixed:
+            raise ValueError(
+                f"an allocation sets the sparsity of each layer, which {self.budget(0.5)} does not "
+                f"allow: use allocation=None, or group 'output', 'input' or 'layer'"
+            )
         orders: dict[str, tuple[CalibrationOrder, ...]]
         orders = {"block": ("block", "dense"), "model": ("dense",)}
         group = self.budget(0.0).group

@@ -189,6 +189,10 @@ class OWL(Allocation):
     needs: ClassVar[frozenset[Need]] = frozenset({"input"})
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2310.05175"
 
+    def __post_init__(self) -> None:
+        if not 0 < self.max_deviation < 1:
+            raise ValueError(f"max_deviation is {self.max_deviation}; it must be between 0 and 1")
+
     def layer_metric(
         self, weight: Tensor, statistics: Statistics, scores: Tensor | None = None
     ) -> int:

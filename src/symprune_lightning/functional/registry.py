@@ -105,3 +105,14 @@ def _default_instance(cls: type[T]) -> T:
 
 def _normalized(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
+
+
+def check_at_least(minimum: float, **values: float) -> None:
+    """Raise ``ValueError`` if a setting of a method is below its minimum.
+
+    Examples:
+        >>> check_at_least(0, cycles=50, damping=0.01)
+    """
+    for name, value in values.items():
+        if value < minimum:
+            raise ValueError(f"{name} is {value}; it must be at least {minimum}")

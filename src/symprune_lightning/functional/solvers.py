@@ -15,6 +15,7 @@ from torch import Tensor
 from symprune_lightning.functional import obs
 from symprune_lightning.functional.cg import masked_cg
 from symprune_lightning.functional.patterns import NM, Pattern, Unstructured, keep_highest
+from symprune_lightning.functional.registry import check_at_least
 from symprune_lightning.functional.schedule import cubic_growth
 from symprune_lightning.functional.statistics import Need, Statistics
 
@@ -75,6 +76,9 @@ class SparseGPT(LayerSolver):
     damping: float = 0.01
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2301.00774"
 
+    def __post_init__(self) -> None:
+        check_at_least(0, damping=self.damping)
+
     def __call__(
         self, weight: Tensor, statistics: Statistics, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
@@ -129,6 +133,7 @@ class ADMM(LayerSolver):
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2401.02938"
 
     def __post_init__(self) -> None:
+        check_at_least(0, damping=self.damping)
         if not 1 <= self.schedule <= self.iterations:
             raise ValueError(f"schedule is {self.schedule}; it must be 1 to {self.iterations}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from symprune_lightning.functional import obs
 from symprune_lightning.functional.cg import masked_cg
+from symprune_lightning.functional.registry import check_at_least
 from symprune_lightning.functional.statistics import Need, Statistics
 
 
@@ -71,6 +72,9 @@ class OBSUpdate(WeightUpdate):
     damping: float = 0.01
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2301.00774"
 
+    def __post_init__(self) -> None:
+        check_at_least(0, damping=self.damping)
+
     def __call__(self, weight: Tensor, mask: Tensor, statistics: Statistics) -> Tensor:
         """See `WeightUpdate`."""
         factor = obs.inverse_factor(statistics, self.damping, weight.dtype)
@@ -113,8 +117,7 @@ class MaskedCG(WeightUpdate):
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2406.07831"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        check_at_least(1, steps=self.steps)
 
     def __call__(self, weight: Tensor, mask: Tensor, statistics: Statistics) -> Tensor:
         """See `WeightUpdate`."""

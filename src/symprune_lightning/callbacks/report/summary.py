@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source, shown_settings
-from symprune_lightning.data.self_text import SELF
+from symprune_lightning.data.texts import SELF
 from symprune_lightning.engine.result import describe_sparse_start
 
 PERPLEXITY = "val_perplexity"

@@ -156,13 +156,19 @@ def expand_by_layer(settings: Mapping[str, T], layers: Sequence[Layer]) -> dict[
         Layer name to setting, for layers that an entry matches.
 
     Raises:
-        ValueError: An entry matches no layer or is not a valid regular expression.
+        ValueError: An entry matches no layer, or only such as an earlier entry matches, or is not a
+            valid regular expression.
     """
     names = [layer.name for layer in layers]
     expanded: dict[str, T] = {}
     for pattern, setting in settings.items():
-        for name in matching(pattern, names):
-            expanded.setdefault(name, setting)
+        new = [name for name in matching(pattern, names) if name not in expanded]
+        if not new:
+            raise ValueError(
+                f"{pattern!r} has no effect, since earlier entries match all its layers: put it "
+                f"before them"
+            )
+        expanded |= dict.fromkeys(new, setting)
     return expanded
 
 

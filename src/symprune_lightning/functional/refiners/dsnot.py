@@ -19,6 +19,7 @@ from symprune_lightning.functional.refiners.swaps import (
     candidate_pairs,
     swap_mean_error,
 )
+from symprune_lightning.functional.registry import check_at_least
 from symprune_lightning.functional.scores import relative_importance
 from symprune_lightning.functional.statistics import Need, Statistics
 
@@ -63,6 +64,9 @@ class DSnoT(MaskRefiner):
     same_sign: bool = False
     reference: bool = False
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2310.08915"
+
+    def __post_init__(self) -> None:
+        check_at_least(0, cycles=self.cycles, threshold=self.threshold)
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]
@@ -188,6 +192,7 @@ class R2DSnoT(MaskRefiner):
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2501.18980"
 
     def __post_init__(self) -> None:
+        check_at_least(0, cycles=self.cycles, threshold=self.threshold)
         if self.gamma1 < 0 or self.gamma2 < 0:
             raise ValueError(
                 f"gamma1={self.gamma1}, gamma2={self.gamma2}: a penalty must be at least 0"

@@ -16,6 +16,7 @@ from symprune_lightning.functional.refiners.shortlist import (
     Shortlist,
     lowest_of_groups,
 )
+from symprune_lightning.functional.registry import check_at_least
 from symprune_lightning.functional.statistics import Need, Statistics
 from symprune_lightning.functional.tensors import as_number
 
@@ -55,6 +56,9 @@ class ExactSwap(MaskRefiner):
     cycles: int = 50
     needs: ClassVar[frozenset[Need]] = frozenset({"gram"})
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2512.10922"
+
+    def __post_init__(self) -> None:
+        check_at_least(0, cycles=self.cycles)
 
     def __call__(
         self, weight: Tensor, mask: Tensor, statistics: Statistics, window: int | None = None
