@@ -402,8 +402,11 @@ class Trainer(pl.Trainer):
         result: PruneResult,
     ) -> dict[str, Any]:
         distillation = find_distillation(self.callbacks)
+        limit: Any = self.limit_val_batches
+        is_whole = limit is None or (isinstance(limit, float) and limit == 1)  # 1 is one batch
         return build_manifest(
             result,
+            limit_val_batches=None if is_whole else limit,
             model=model_name(module),
             architecture=type(pruning_target(module)).__name__,
             settings=callback.settings,

@@ -84,7 +84,7 @@ def test_command(checkpoint, symprune, capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"no layer of .* has zeros: prune it first"):
         symprune("gain", tmp_path / "dense")
     pack_checkpoint(checkpoint, tmp_path / "packed")
-    with pytest.raises(SystemExit, match="is a packed copy: measure the checkpoint"):
+    with pytest.raises(SystemExit, match="is a packed copy: restore the checkpoint first"):
         symprune("gain", tmp_path / "packed")
     with pytest.raises(SystemExit, match="there is no folder"):
         symprune("gain", tmp_path / "nowhere")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from symprune_lightning import prune_model
@@ -17,6 +17,7 @@ from symprune_lightning.checkpoints.manifest import read_manifest
 from symprune_lightning.cli.main import error_message
 from symprune_lightning.cli.recipes import recipe_files
 from tests.cli.commands import INTERRUPTING, interrupt, run_command, small
+from tests.texts import texts
 
 RECIPES = sorted(recipe_files())
 
@@ -52,7 +53,7 @@ def test_validate_prunes_too(project, symprune, capsys):
         options = [f"--pruning.sparsity={sparsity}", "--pruning.baseline=false"]
         symprune("validate", "--config", "wanda", *small(project), *options)
         lines = capsys.readouterr().out.splitlines()
-        metrics += [line for line in lines if "val_perplexity" in line]
+        metrics += [line for line in lines if line.startswith("val_perplexity")]
     assert len(metrics) == 2
     assert metrics[0] != metrics[1]
 
@@ -424,3 +425,150 @@ def test_the_result_of_an_evaluation_as_json(command, project, symprune, capsys)
     result = json.loads(capsys.readouterr().out)
     assert result["dense"].keys() == result["pruned"].keys()
     assert result["sparsity"] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--group", "nope"],
+            "--group is 'nope'; choose one of output, input, layer, block, model",
+        ),
+        (["--when", "nope"], "--when is 'nope'; choose one of validate, test, fit_start, fit_end"),
+        (["--experts", "nope"], "--experts is 'nope'; choose one of routed, all"),
+        (["--sparsity"], "--sparsity needs a value"),
+        (["--sparsity", "--quiet"], "--sparsity needs a value"),
+        (["--score={class_path: RIAA}"], "--score: there is no class RIAA: did you mean RIA?"),
+        (["--data.tokenizer", "x"], "--data.tokenizer is that of --model.pretrained, and cannot"),
+        (
+            ["--data.dataset.colum", "body"],
+            "there is no option --data.dataset.colum: did you mean --data.dataset.column?",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence(project, symprune, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        symprune("prune", "--config", "ria", *small(project), *arguments)
+    printed = capsys.readouterr().err + f"symprune: {stop.value.code}"
+    assert f"symprune: {message}" in printed
+    assert "Traceback" not in printed
+    assert "Subtypes" not in printed
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("", "the recipe is no mapping"),
+        ("prunning: {score: ria}", "there is no option --prunning.score: did you mean"),
+    ],
+)
+def test_a_recipe_that_is_none(project, symprune, capsys, recipe, message):
+    (project / "recipe.yaml").write_text(recipe)
+    with pytest.raises(SystemExit, match="2"):
+        symprune("prune", *small(project), "--config", project / "recipe.yaml")
+    assert f"symprune: {message}" in capsys.readouterr().err
+
+
+def test_layers_that_are_ignored_twice(project, symprune, capsys):
+    names = [f"model.layers.0.mlp.{name}_proj" for name in ("up", "down")]
+    options = [option for name in names for option in ("--ignore", name)]
+    symprune("prune", "--config", "ria", *small(project), *options, "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert result["layers"] == 12
+    assert 0.7 < result["coverage"] < 0.8
+    symprune("prune", "--config", "ria", *small(project), *options, "--quiet")
+    assert "coverage: 77.8% of the weights of the blocks" in capsys.readouterr().out
+
+
+def test_quiet_runs_warn_of_what_their_result_does_not_show(project):
+    options = [*small(project), "--quiet", "--score", "OutputWanda"]
+    done = run_command("validate", "--config", "ria", *options)
+    assert done.returncode == 0
+    lines = done.stderr.splitlines()
+    assert lines
+    assert all(line.startswith("symprune: warning: OutputWanda() differs only") for line in lines)
+
+
+def test_without_a_baseline_the_pruned_metrics_are_printed(project, symprune, capsys):
+    symprune("prune", "--config", "ria", *small(project), "--baseline", "false", "--quiet")
+    assert "val_perplexity: pruned " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_evaluation_without_batches_is_an_error(project, symprune):
+    options = [*small(project), "--trainer.limit_val_batches", "0"]
+    with pytest.raises(SystemExit, match="nothing was pruned, because no batch was evaluated"):
+        symprune("validate", "--config", "ria", *options)
+
+
+def test_a_fit_says_what_it_has_written(project, symprune, capsys):
+    options = [*small(project), "--when", "fit_start", "--data.training_sequences=4"]
+    options += ["--trainer.max_steps=1", "--quiet"]
+    options += ["--trainer.callbacks+=symprune_lightning.MaskedFinetuning"]
+    symprune("fit", "--config", "ria", *options)
+    printed = capsys.readouterr().out
+    assert "sparsity: 0.500000 over 14 layers" in printed
+    assert "nothing was written: --trainer.enable_checkpointing true" in printed
+    options += ["--trainer.enable_checkpointing=true", f"--trainer.default_root_dir={project}"]
+    symprune("fit", "--config", "ria", *options)
+    (written,) = project.rglob("*.ckpt")
+    assert f"checkpoint: {written}" in capsys.readouterr().out
+
+
+def test_a_printed_configuration_is_a_recipe(project, symprune, capsys):
+    (project / "other.txt").write_text("\n\n".join(texts(80)[40:]))
+    sets = {"same": None, "other": str(project / "other.txt")}
+    options = [*small(project), f"--data.evaluation={json.dumps(sets)}"]
+    with pytest.raises(SystemExit, match="0"):
+        symprune("prune", "--config", "ria", *options, "--print_config")
+    (project / "printed.yaml").write_text(capsys.readouterr().out)
+    symprune("prune", "--config", project / "printed.yaml", "--json")
+    metrics = json.loads(capsys.readouterr().out)["pruned"]
+    assert {"val_perplexity/same", "val_perplexity/other"} <= metrics.keys()
+
+
+def test_a_journal_without_layers_is_replaced(project, symprune, capsys):
+    """A run that was refused early leaves none that refuses the corrected command."""
+    options = [*small(project), "--output", project / "out"]
+    for wrong in (["--pattern", "2:4", "--allocation", "owl"], ["--data.sequences=4000"]):
+        with pytest.raises(SystemExit):
+            symprune("prune", "--config", "ria", *options, *wrong)
+    journal = project / ".out.journal"
+    journal.mkdir(exist_ok=True)
+    (journal / "run.json").write_text('{"format_version": 1, "method": "another"}')
+    symprune("prune", "--config", "ria", *options)
+    assert (project / "out" / "model.safetensors").is_file()
+
+
+def test_an_incomplete_checkpoint_is_not_pruned(project, symprune):
+    weights = load_file(project / "model" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, project / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"lacks 1 of the weights of .*layers.1.mlp.up_proj"):
+        symprune("prune", "--config", "ria", *small(project))
+
+
+def test_a_packed_copy_is_not_pruned(project, symprune, capsys):
+    symprune("prune", "--config", "ria", *small(project), "--output", project / "out")
+    symprune("pack", project / "out", project / "packed")
+    options = [*small(project), f"--model.pretrained={project / 'packed'}"]
+    with pytest.raises(SystemExit, match="is a packed copy: restore the checkpoint first"):
+        symprune("prune", "--config", "ria", *options)
+    with pytest.raises(SystemExit, match="holds another checkpoint: choose a new folder"):
+        symprune("pack", project / "packed", project / "out")
+
+
+def test_a_part_of_the_evaluation_is_not_verified(project, symprune, capsys):
+    options = [*small(project), "--trainer.limit_val_batches=0.5", "--data.batch_size=1"]
+    symprune("prune", "--config", "ria", *options, "--output", project / "out")
+    capsys.readouterr()
+    symprune("verify", project / "out")
+    assert "--  perplexity: not checked: the recorded one is that of a part" in (
+        capsys.readouterr().out.replace("    ", "")
+    )
+
+
+def test_compare_has_no_json(project, symprune, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        symprune("compare", "ria", "--output", project / "out", "--json")
+    assert "compare has no --json: see" in capsys.readouterr().err

@@ -28,6 +28,7 @@ def build_manifest(
     settings: Mapping[str, Any],
     datamodule: CalibrationDataModule | None = None,
     distillation: Mapping[str, Any] | None = None,
+    limit_val_batches: float | None = None,
     dense: Mapping[str, float] | None = None,
     pruned: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def build_manifest(
         settings: The method.
         datamodule: Source and hashes of the tokens.
         distillation: How the pruned model was trained, if it was.
+        limit_val_batches: The Trainer's, if a part of the evaluation batches was run.
         dense: Metrics of the dense model.
         pruned: Metrics of the pruned model.
     """
@@ -50,6 +52,7 @@ def build_manifest(
         "settings": dict(settings),
         "data": None if datamodule is None else datamodule.settings,
         "distillation": None if distillation is None else dict(distillation),
+        "limit_val_batches": limit_val_batches,
         "sparsity": result.sparsity,
         "initial_sparsity": result.initial_sparsity,
         "metrics": {"dense": dict(dense or {}), "pruned": dict(pruned or {})},

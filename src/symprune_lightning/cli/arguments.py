@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import yaml
 
 from symprune_lightning.cli.help import METHOD, OPTIONS, UsageError, suggestion
+from symprune_lightning.cli.list import methods
 from symprune_lightning.cli.recipes import resolve_recipes
 
 SOURCES = ("--data.dataset", "--data.evaluation")
+SOURCE_SETTINGS = (
+    *("path", "name", "split", "column", "joiner", "streaming", "data_files", "revision"),
+)
+"""Attributes of a ``TextSource``."""
 
 
 def expand(
@@ -25,6 +31,7 @@ def expand(
         protocols: Classes of the protocols of publications by name.
 
     - ``--sparsity 0.6`` becomes ``--pruning.sparsity 0.6``, as all settings of the method.
+    - ``--ignore a --ignore b`` becomes a list, as ``--ignore a --ignore+ b``.
     - ``--data.dataset my.jsonl --data.dataset.column body`` becomes a ``TextSource`` with this path
       and column.
 
@@ -43,6 +50,7 @@ def expand(
         if value in protocols:
             expanded = _with_settings(expanded, source, protocols[value])
         elif settings and not any(x.startswith(f"{source}.path") for x in settings):
+            _check_settings(source, settings)
             path = ["symprune_lightning.TextSource", f"{source}.path", value]
             expanded[position : position + 1] = path
     return expanded
@@ -55,6 +63,15 @@ def _check_mapping(option: str, value: str) -> None:
     except yaml.YAMLError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{option} is {value!r}, neither valid JSON nor YAML: {reason}") from error
+
+
+def _check_settings(source: str, settings: Iterable[str]) -> None:
+    """Raise ``UsageError`` for a setting that a ``TextSource`` does not have."""
+    known = [f"{source}.{name}" for name in SOURCE_SETTINGS]
+    for setting in settings:
+        name = setting.partition("=")[0].rstrip("+")
+        if name not in known:
+            raise UsageError(_unknown(name, known))
 
 
 def _with_settings(arguments: Sequence[str], source: str, name: str) -> list[str]:
@@ -77,10 +94,15 @@ def _with_settings(arguments: Sequence[str], source: str, name: str) -> list[str
 
 def _split(arguments: Sequence[str], method: Collection[str]) -> Iterator[str]:
     """Yield arguments with method settings written out, and ``--data.dataset=x`` as two."""
+    repeated: set[str] = set()
     for argument in arguments:
         match = re.match(r"--(\w+)(?=[.+=]|$)", argument)
         name, equals, value = argument.partition("=")
-        if match is not None and match[1] in method:
+        if name in ("--ignore", "--only"):
+            plus = "+" * (name in repeated)
+            repeated.add(name)
+            yield f"--pruning.{name.removeprefix('--')}{plus}{equals}{value}"
+        elif match is not None and match[1] in method:
             yield f"--pruning.{argument.removeprefix('--')}"
         elif equals and name in SOURCES:
             yield from (name, value)
@@ -104,7 +126,9 @@ def check_arguments(arguments: Sequence[str]) -> None:
         there is no option --sparsty: did you mean --sparsity?
     """
     known = [f"--{name}" for name in (*METHOD, *OPTIONS)]
-    for argument in arguments:
+    for argument, following in pairwise([*arguments, "--"]):
+        if argument.removeprefix("--") in METHOD and following.startswith("--"):
+            raise UsageError(f"{argument} needs a value")
         match = re.match(r"(--\w+)[^\s=]*(?:=|$)", argument)  # an option; a text may begin like one
         if match is not None and match[1] not in known:
             raise UsageError(_unknown(match[1], known))
@@ -120,9 +144,16 @@ def usage_message(message: str, options: Iterable[str], method: Collection[str])
         method: Names of the settings of the method.
     """
     known = [*options, *(f"--{name}" for name in method), *(f"--pruning.{name}" for name in method)]
-    unknown = re.match(r"unrecognized arguments: (\S+)", message)
+    linked = re.match(r"argument (\S+) --> (\S+):", message)
+    if linked is not None:
+        return f"--{linked[2]} is that of --{linked[1]}, and cannot be set"
+    if message.startswith("Unexpected config:"):
+        return "the recipe is no mapping: write it as `pruning: {sparsity: 0.6}`, for example"
+    unknown = re.match(
+        r"unrecognized arguments: (\S+)|Subcommand '\w+' does not accept option '([\w.]+)'", message
+    )
     if unknown is not None:
-        return _unknown(unknown[1].partition("=")[0], known)
+        return _unknown((unknown[1] or f"--{unknown[2]}").partition("=")[0], known)
     if "arguments are required" in message and "pretrained" in message:
         return (
             "model and data are missing: name a recipe, such as --config ria (`symprune list`), "
@@ -138,8 +169,12 @@ def _invalid_value(message: str, known: Sequence[str], method: Collection[str]) 
     innermost = message.rpartition("Parser key")[2]
     refused = re.search(r"Option '([\w.]+)' is not accepted", innermost)
     problem = re.search(r"Problem with given class_path '[\w.]+':\s*([^\n]+)", innermost)
-    expected = re.findall(r"Expected an? <class '([\w.]+)'>", innermost.partition("Given value")[0])
+    before_value = innermost.partition("Given value")[0]
+    expected = re.findall(r"Expected an? <class '([\w.]+)'>", before_value)
+    literals = " ".join(re.findall(r"typing\.Literal\[(.*?)\]", before_value))
+    choices = re.findall(r"'([^']+)'", literals)
     value = re.search(r"(?:Given value|Got value): (.*)", innermost)
+    named = None if value is None else re.search(r"'class_path': '([\w.]+)'", value[1])
     if refused is not None and key in ("", "pruning"):
         hint = suggestion(refused[1], sorted(method)) or ": see `symprune list` and --help pruning"
         message = f"the method has no setting {refused[1]!r}{hint}"
@@ -147,6 +182,13 @@ def _invalid_value(message: str, known: Sequence[str], method: Collection[str]) 
         message = _unknown(f"{option}.{refused[1]}", known)
     elif problem is not None:
         message = f"{option}: {problem[1]}"
+    elif named is not None and expected:
+        classes = [x.name for kind in methods().values() for x in kind]
+        hint = suggestion(named[1], classes) or ": see `symprune list`"
+        message = f"{option}: there is no class {named[1]}{hint}"
+    elif choices and value is not None and key:
+        names = ", ".join(dict.fromkeys(choices))
+        message = f"{option} is {value[1]!r}; choose one of {names}"
     elif expected and value is not None and key:
         types = " or ".join(dict.fromkeys(expected))
         message = f"{option} is {value[1]!r}, which is no {types}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 from symprune_lightning.cli.arguments import check_arguments
-from symprune_lightning.cli.help import ONE_DEVICE
+from symprune_lightning.cli.help import ONE_DEVICE, UsageError
 from symprune_lightning.errors import SweepError
 
 # Commands import what they need when they run: --help should not wait for torch.
@@ -29,6 +29,8 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("recipes", nargs="+", help="recipes, or YAML files that list some")
     parser.add_argument("--output", required=True, help="folder for results.csv, compare.png")
     options, rest = parser.parse_known_args(arguments)
+    if any(argument.partition("=")[0] == "--json" for argument in rest):
+        raise UsageError(f"compare has no --json: see {options.output}/results.csv")
     check_arguments(rest)
     from rich.console import Console
 

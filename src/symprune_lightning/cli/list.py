@@ -25,10 +25,9 @@ BASES = {
 def list_methods() -> None:
     """Print all methods, and the recipes of the package."""
     console = Console(emoji=False, markup=False)  # "N:M:" would be read as an emoji
-    classes = _classes()
-    for title, base in BASES.items():
+    for title, kind in methods().items():
         table = Table("name", "summary", title=title, title_justify="left", show_header=False)
-        for method in _leaves(base.rpartition(".")[2], classes):
+        for method in kind:
             table.add_row(method.name, _summary(method))
         console.print(table)
     recipes = recipe_files()
@@ -40,6 +39,12 @@ def list_methods() -> None:
     # soft_wrap: a path that is broken into lines cannot be copied
     console.print(f"recipes in {folder}", soft_wrap=True, style="table.title")
     console.print(table)
+
+
+def methods() -> dict[str, list[ast.ClassDef]]:
+    """Return the definitions of the package's methods by kind."""
+    classes = _classes()
+    return {kind: _leaves(base.rpartition(".")[2], classes) for kind, base in BASES.items()}
 
 
 def _classes() -> list[ast.ClassDef]:

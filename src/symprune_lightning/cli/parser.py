@@ -1,11 +1,15 @@
-"""``symprune prune``, ``validate``, ``test`` and ``fit``: LightningCLI with pruning recipes."""
+"""``symprune prune``, ``validate``, ``test`` and ``fit``: LightningCLI with pruning recipes.
+
+Longer than 300 lines since each subcommand checks its callbacks and prints its result.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import datasets
@@ -23,8 +27,14 @@ from symprune_lightning.cli.recipes import resolve_recipes
 from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.data.protocols import PROTOCOLS
 from symprune_lightning.data.sources import source_settings
+from symprune_lightning.errors import PruningWarning
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
+
+FULL_COVERAGE = 0.995
+"""Coverage that is not printed."""
+
+SAVING = "--trainer.enable_checkpointing true saves weights during a fit"
 
 
 class PathParser(LightningArgumentParser):
@@ -87,6 +97,8 @@ class PruningCLI(LightningCLI):
                 self.config[self.subcommand].verbose = False  # Lightning's table of metrics
             logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
             warnings.simplefilter("ignore")
+            # what the result does not show by itself
+            warnings.simplefilter("once", PruningWarning)
             bars: Any = transformers_logging  # without types
             bars.disable_progress_bar()
             datasets.disable_progress_bars()
@@ -142,13 +154,33 @@ class PruningCLI(LightningCLI):
             )
 
     def after_validate(self) -> None:
-        """Print the result, if a callback has pruned and evaluated the dense model."""
-        for callback in self._pruning_callbacks:
-            if self.trainer.is_global_zero and callback.result and callback.dense_metrics:
-                as_json = self._get(self.config, "json")
-                print(_as_json(callback, None) if as_json else _as_text(callback))
+        """Print the result.
+
+        Raises:
+            ValueError: Nothing was pruned.
+        """
+        results = self._print_results()
+        if self._pruning_callbacks and not results:
+            raise ValueError(
+                "nothing was pruned, because no batch was evaluated: check the evaluation texts "
+                "and limit_val_batches"
+            )
 
     after_test = after_validate
+
+    def after_fit(self) -> None:
+        """Print the result, and whether weights were saved."""
+        if self._print_results() and not self._get(self.config, "json"):
+            saved = [path for c in self.trainer.checkpoint_callbacks if (path := _last_path(c))]
+            print(f"checkpoint: {saved[0]}" if saved else f"nothing was written: {SAVING}")
+
+    def _print_results(self) -> bool:
+        """Print the results of callbacks that have pruned; return whether there is one."""
+        pruned = [callback for callback in self._pruning_callbacks if callback.result is not None]
+        for callback in pruned if self.trainer.is_global_zero else ():
+            as_json = self._get(self.config, "json")
+            print(_as_json(callback, None) if as_json else _as_text(callback))
+        return bool(pruned)
 
     def after_prune(self) -> None:
         """Print the result."""
@@ -166,6 +198,12 @@ class PruningCLI(LightningCLI):
         if is_one_source({"data": data, "metrics": {"pruned": callback.sparse_metrics}}):
             print(f"note: {ONE_SOURCE}")
         print("no --output: nothing was written" if output is None else f"checkpoint: {output}")
+
+
+def _last_path(callback: Callback) -> str:
+    """Return the path that a checkpoint callback wrote last; empty without one."""
+    paths = (getattr(callback, name, "") for name in ("best_model_path", "last_model_path"))
+    return next(filter(None, paths), "")
 
 
 def instantiate(arguments: Sequence[str]) -> PruningCLI:
@@ -193,12 +231,30 @@ def _resolve(arguments: Sequence[str]) -> list[str]:
     return resolve_recipes(expand(arguments, METHOD, classes))
 
 
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Show warnings of this package without the line of code that raised them."""
+    before = warnings.formatwarning  # Lightning's
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> str:
+        if issubclass(category, PruningWarning):
+            return f"symprune: warning: {message}\n"
+        return before(message, category, *place)
+
+    warnings.formatwarning = show  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def _make_cli(
     arguments: Sequence[str], *, run: bool = True, callbacks: Sequence[Callback] = ()
 ) -> PruningCLI:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _short_warnings():
         # raised for any arguments that are not sys.argv; ours have names of recipes replaced
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
         return PruningCLI(
             CausalLMModule,
             CalibrationDataModule,
@@ -233,8 +289,17 @@ def _as_text(callback: PruningCallback) -> str:
     assert callback.result is not None
     result = callback.result
     lines = [f"sparsity: {result.sparsity:.6f} over {len(result.layers)} layers"]
-    for name, dense in callback.dense_metrics.items():
-        lines.append(f"{name}: dense {dense:.4f}, pruned {callback.sparse_metrics[name]:.4f}")
+    for name, pruned in callback.sparse_metrics.items():
+        dense = callback.dense_metrics.get(name)
+        before = "" if dense is None else f"dense {dense:.4f}, "
+        lines.append(f"{name}: {before}pruned {pruned:.4f}")
+    if result.coverage < FULL_COVERAGE:
+        lines.append(
+            f"coverage: {result.coverage:.1%} of the weights of the blocks are in pruned layers"
+        )
+    if result.unreached:
+        names = ", ".join(result.unreached[:3]) + ", …" * (len(result.unreached) > 3)
+        lines.append(f"no calibration token reached {len(result.unreached)} layers: {names}")
     if result.sparse_start:
         lines.append(f"note: {result.sparse_start}")
     return "\n".join(lines)
@@ -246,6 +311,8 @@ def _as_json(callback: PruningCallback, output: str | None) -> str:
         {
             "sparsity": callback.result.sparsity,
             "layers": len(callback.result.layers),
+            "coverage": callback.result.coverage,
+            "unreached_layers": list(callback.result.unreached),
             "seconds": callback.seconds,
             "dense": callback.dense_metrics,
             "pruned": callback.sparse_metrics,

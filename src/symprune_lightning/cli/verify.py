@@ -214,6 +214,8 @@ def _check_perplexity(folder: Path, model: PreTrainedModel, manifest: dict[str, 
         raise _UnavailableError("no perplexity is recorded")
     if getattr(model.config, "is_encoder_decoder", False):
         raise _UnavailableError("it is not that of a causal language model")
+    if manifest.get("limit_val_batches") is not None:
+        raise _UnavailableError("the recorded one is that of a part of the evaluation batches")
     data = _recorded_data(folder, manifest.get("data"))
     trainer = Trainer(
         logger=False,

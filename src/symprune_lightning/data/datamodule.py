@@ -57,12 +57,12 @@ class CalibrationDataModule(LightningDataModule):
     with ``hashes``.
 
     Args:
-        dataset: ``"python-docs"`` (the reference manual of the Python standard library, available
-            offline; 113 thousand tokens with a vocabulary of 49 thousand), a hub dataset, a local
-            folder or text file, a ``TextSource``, or an iterable of texts, of lists of token ids,
-            or of rows with a column ``"text"``; ``"wikitext2"``, ``"c4"``, ``"ptb"`` or another
-            ``WindowProtocol`` of publications; or ``"self"`` or a ``SelfText``, sampled from the
-            model that is pruned (for calibration and training; needs ``evaluation``).
+        dataset: ``"python-docs"`` (the topics of Python's ``help()``, available offline; 113
+            thousand tokens with Python 3.11 and a vocabulary of 49 thousand), a hub dataset, a
+            local folder or text file, a ``TextSource``, or an iterable of texts, of lists of token
+            ids, or of rows with a column ``"text"``; ``"wikitext2"``, ``"c4"``, ``"ptb"`` or
+            another ``WindowProtocol`` of publications; or ``"self"`` or a ``SelfText``, sampled
+            from the model that is pruned (for calibration and training; needs ``evaluation``).
         tokenizer: A tokenizer, or a model name as in ``CausalLMModule``. Not needed for token ids.
             Default: ``None``.
         sequences: Number of calibration sequences. Default: 128, as in the Wanda and RIA papers.
@@ -131,6 +131,10 @@ class CalibrationDataModule(LightningDataModule):
         if isinstance(dataset, str):
             dataset = SelfText() if dataset == SELF else PROTOCOLS.get(dataset, dataset)
         self.dataset = dataset
+        if isinstance(evaluation, Mapping):
+            # --print_config writes null in a mapping as the text None
+            is_null = {name: isinstance(x, str) and x == "None" for name, x in evaluation.items()}
+            evaluation = {n: None if is_null[n] else x for n, x in evaluation.items()}
         self.evaluation = evaluation
         self.sequences = sequences
         self.sequence_length = sequence_length
@@ -158,6 +162,10 @@ class CalibrationDataModule(LightningDataModule):
             "batch_size": self.batch_size,
         }
         check_positive(sizes)
+        if self.sequence_length == 1:
+            raise ValueError(
+                "sequence_length is 1, and the first token is not predicted: use 2 or more"
+            )
         if self.training_sequences < 0:
             raise ValueError(
                 f"training_sequences must not be negative, but got {self.training_sequences}"

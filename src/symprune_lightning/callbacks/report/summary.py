@@ -33,6 +33,8 @@ def asked(manifest: Mapping[str, Any]) -> str:
     """
     method, data = shown_settings(manifest)
     parts = [f"{name} {method[name]}" for name in METHOD if name in method]
+    if manifest.get("distillation"):
+        parts.append(f"distillation {manifest['distillation'].get('steps', '')} steps".strip())
     if data:
         parts.append(f"calibrated on {_source(manifest, data)}" + _size(data))
     return ", ".join(parts)
