@@ -184,3 +184,17 @@ def test_gguf_needs_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"symprune-lightning\[gguf\]"):
         load_model(str(tmp_path / "model.gguf"))
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path} has no tokenizer that can be read: save it"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_truncated_weights(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(OSError, match=rf"the weights of {tmp_path} are damaged or truncated"):
+        load_model(str(tmp_path))

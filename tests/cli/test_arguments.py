@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from symprune_lightning import C4, SymPrune, TextSource
 from symprune_lightning.callbacks.pruning import find_pruning_callback
-from symprune_lightning.cli.arguments import check_arguments, expand
+from symprune_lightning.cli.arguments import SOURCE_SETTINGS, check_arguments, expand
 from symprune_lightning.cli.help import METHOD, OPTIONS, PRUNE_HELP, SUMMARIES
 from symprune_lightning.cli.parser import instantiate
 from symprune_lightning.functional.refiners import ExactSwap
@@ -198,3 +199,7 @@ def test_all_options_are_known_without_torch(command, symprune, capsys):
     names = set(re.findall(r"^ +(?:-\w, )?--(\w+)", capsys.readouterr().out, re.MULTILINE))
     assert {"trainer", "model", "data", "pruning"} <= names
     assert names <= {*METHOD, *OPTIONS}
+
+
+def test_the_settings_of_a_source_are_its_attributes():
+    assert [field.name for field in dataclasses.fields(TextSource)] == list(SOURCE_SETTINGS)

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 import torch
+from huggingface_hub import constants
+from torch.utils.data import DataLoader
 
 from symprune_lightning import CalibrationDataModule, TextSource
 from symprune_lightning.data.protocols import C4, PROTOCOLS, PTB
@@ -106,7 +109,13 @@ def test_sources(tmp_path, name):
         ([7, 8], "has a int in column 'text': pass texts"),
         ({"text": texts()}, "the dataset is a dict: pass an iterable"),
         ([None, ""], r"only 0 are available; .*2 of 2 rows of the dataset have no text"),
-        (datasets.Dataset.from_dict({"body": texts()}), "no column 'text'; its columns are: body"),
+        (
+            datasets.Dataset.from_dict({"body": texts()}),
+            r"no column 'text'; its columns are: body.*rename_column\(..., 'text'\)",
+        ),
+        (DataLoader(texts()), r"is a DataLoader, which yields batches: pass its dataset"),
+        (pandas.DataFrame({"text": texts()}), "is a DataFrame: pass one of its columns as a list"),
+        ("\n\n".join(texts()), "is one text of .* characters, where a path or a name of the hub"),
     ],
 )
 def test_mistakes(source, message):
@@ -210,3 +219,21 @@ def test_settings_of_a_path_are_text(tmp_path):
     source = TextSource(path=tmp_path / "a.jsonl")
     assert json.loads(json.dumps(source_settings(source)))["path"] == str(tmp_path / "a.jsonl")
     assert json.dumps(source_settings(C4(path=tmp_path)))
+
+
+@pytest.mark.parametrize("source", ["org/no-data", PROTOCOLS["wikitext2"], PROTOCOLS["c4"]])
+def test_a_hub_that_cannot_be_reached(source, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(
+        OSError, match=r"not in the cache, and http://127.0.0.1:9 cannot be reached"
+    ):
+        CalibrationDataModule(source, tokenizer(), **SIZES).setup()
+
+
+def test_sources_that_are_none(tmp_path):
+    (tmp_path / "notes.md").write_text("text")
+    with pytest.raises(ValueError, match=r"notes.md has no known format: use one of .txt, .jsonl"):
+        CalibrationDataModule(str(tmp_path / "notes.md"), tokenizer(), **SIZES).setup()
+    with pytest.raises(ValueError, match="'self' is a source of calibration texts only"):
+        CalibrationDataModule(texts(), tokenizer(), evaluation="self", **SIZES).setup()
