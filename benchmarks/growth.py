@@ -170,18 +170,27 @@ def figures_of(case: Case) -> dict[str, float]:
     }
 
 
-def row(case: Case, figures: dict[str, float]) -> list[str]:
-    """Return a row of the table."""
-    is_dense = case.experts == 1  # the formula does not cover experts
+def parameters(case: Case) -> list[str]:
+    """Return the first cells of a row."""
+    return [f"{case.sequences * LENGTH:,}", str(case.hidden), str(case.layers), str(case.experts)]
+
+
+def time_row(case: Case, figures: dict[str, float]) -> list[str]:
+    """Return a row of the table of times."""
     return [
-        f"{case.sequences * LENGTH:,}",
+        *parameters(case),
         f"{figures['weights'] / 1e6:.0f} M",
-        str(case.hidden),
-        str(case.layers),
-        str(case.experts),
         f"{figures['forward']:.1f}",
         f"{figures['pruning']:.1f}",
         f"{figures['pruning'] / figures['forward']:.2f}",
+    ]
+
+
+def memory_row(case: Case, figures: dict[str, float]) -> list[str]:
+    """Return a row of the table of memory."""
+    is_dense = case.experts == 1  # the formula does not cover experts
+    return [
+        *parameters(case),
         f"{figures['additional'] / MIB:.0f}",
         f"{figures['in use'] / MIB:.0f}",
         f"{figures['formula'] / MIB:.0f}" if is_dense else "–",
@@ -236,17 +245,26 @@ def main() -> None:
         return
     cases = dict.fromkeys(case for axis in AXES.values() for case in axis)
     measured = {case: figures_of(case) for case in cases}
-    heading = ("tokens", "weights pruned", "hidden", "layers", "experts", "forward, s")
-    more = ("pruning, s", "pruning, × forward")
-    memory_heading = ("additional memory, MiB", "of it in use", "formula", "formula / in use")
+    heading = ("tokens", "hidden", "layers", "experts")
     section(
         "Tokens, depth, width and experts",
         "`benchmarks/growth.py`: pruning Llama- and Mixtral-shaped models with random weights by "
         "RIA, float32, relative to a plain forward of the same batches without the output "
-        "projection, each in a separate process. The formula is in the script; memory that is not "
-        "in use is kept by glibc, and returned with `MALLOC_MMAP_THRESHOLD_=65536`.",
-        (*heading, *more, *memory_heading),
-        [row(case, figures) for case, figures in measured.items()],
+        "projection, each in a separate process.",
+        (*heading, "weights pruned", "forward, s", "pruning, s", "pruning, × forward"),
+        [time_row(case, figures) for case, figures in measured.items()],
+    )
+    print(
+        "\n![Seconds of a forward and of pruning against tokens, layers, width and experts]"
+        "(growth.svg)"
+    )
+    section(
+        "Memory of growth",
+        "The same runs, MiB in addition to that of the forward. The formula is in the script; "
+        "memory that is not in use is kept by glibc, and returned with "
+        "`MALLOC_MMAP_THRESHOLD_=65536`.",
+        (*heading, "additional", "of it in use", "formula", "formula / in use"),
+        [memory_row(case, figures) for case, figures in measured.items()],
     )
     section(
         "Exponents of growth",

@@ -49,7 +49,9 @@ LABELS = {
     "GradientWanda + Sensitivity": (-4, -13, "center"),
     "SparseGPT": (0, 7, "center"),
     "RIA + ExactSwap + MaskedCG + Sensitivity": (4, 6, "left"),
-    "ADMM + Sensitivity": (2, -13, "left"),
+    "ADMM + Sensitivity": (-7, -12, "right"),
+    "RIA + MaskedCG + Sensitivity": (-7, -6, "right"),
+    "RIA + ExactSwap + MaskedCG + Sensitivity + reconstruction": (-7, -24, "right"),
 }
 """Places of labels that would overlap others: offset in points, horizontal alignment."""
 
@@ -96,7 +98,9 @@ def plot(path: Path, output: Path) -> None:
         axes.scatter(*point, color=color, zorder=2)
         x, y, alignment = LABELS.get(row["method"], (7, -3, "left"))
         style: dict[str, Any] = {"xytext": (x, y), "textcoords": "offset points", "ha": alignment}
-        label = row["method"].replace("RIA + ExactSwap + MaskedCG + Sensitivity +", "the same +\n")
+        label = row["method"].replace(
+            "MaskedCG + Sensitivity + rec", "MaskedCG +\nSensitivity + rec"
+        )
         axes.annotate(label, point, color=color, fontsize=8, **style)
     axes.plot(*zip(*front, strict=True), color="tab:blue", linewidth=1, zorder=1)
     dense = float(rows[0]["dense"])
@@ -104,7 +108,7 @@ def plot(path: Path, output: Path) -> None:
     axes.annotate("dense", (float(rows[0]["forwards"]), dense * 1.02), color="gray", fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(right=float(rows[-1]["forwards"]) * 2.2)
+    axes.set_xlim(right=float(rows[-1]["forwards"]) * 1.15)
     axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axes.set_yticks([15, 20, 30, 40, 60], ["15", "20", "30", "40", "60"])
     axes.minorticks_off()

@@ -132,9 +132,10 @@ def checks() -> Iterator[list[str]]:
     """
     lines = BENCHMARKS.read_text(encoding="utf-8").split("## Tokens, depth, width and experts")[1]
     table = [line.strip("| ").split(" | ") for line in lines.split("##")[0].splitlines()]
-    rows = [c for c in table if len(c) > 7 and c[0].replace(",", "").isdigit() and c[4] == "1"]
-    tokens, weights, hidden, layers = (
-        np.array([float(c[i].replace(",", "").removesuffix(" M")) for c in rows]) for i in range(4)
+    rows = [c for c in table if len(c) > 7 and c[0].replace(",", "").isdigit() and c[3] == "1"]
+    tokens, hidden, layers, weights = (
+        np.array([float(c[i].replace(",", "").removesuffix(" M")) for c in rows])
+        for i in (0, 1, 2, 4)
     )
     forward, measured = (np.array([float(c[i]) for c in rows]) for i in (5, 6))
     activations = tokens * layers * hidden * (3 + 8 / 3)  # three inputs, and the intermediate one
@@ -146,7 +147,15 @@ def checks() -> Iterator[list[str]]:
     predicted = forward + terms @ coefficients
     log(f"ns per weight and per activation: {coefficients * 1e9}")
     for row, before, after in zip(rows, measured, predicted, strict=True):
-        yield [*row[:4], f"{before:.1f}", f"{after:.1f}", f"{after / before:.2f}"]
+        yield [
+            row[0],
+            row[4],
+            row[1],
+            row[2],
+            f"{before:.1f}",
+            f"{after:.1f}",
+            f"{after / before:.2f}",
+        ]
 
 
 def main() -> None:
