@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import symprune_lightning
 from symprune_lightning.functional.registry import lookup
 from symprune_lightning.functional.scores import Score
 from tests.texts import write_project
@@ -111,3 +113,17 @@ def test_every_message_of_the_troubleshooting_page_exists():
 def test_no_page_has_places_to_be_filled():
     for page in PAGES:
         assert not re.findall(r"^[A-Z]{4,}$|\b(?:TODO|TBD|FIXME)\b", page.read_text("utf-8"), re.M)
+
+
+def test_the_version_is_the_same_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    assert f"site_name: symprune-lightning {version}\n" in (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+
+
+def test_every_public_name_is_in_the_api_pages():
+    pages = "".join(page.read_text("utf-8") for page in (DOCS / "api").glob("*.md"))
+    for name in symprune_lightning.__all__:
+        module = getattr(symprune_lightning, name).__module__
+        entries = (f"symprune_lightning.{name}", f"{module}.{name}", module)
+        assert any(f"::: {entry}\n" in pages for entry in entries), name
