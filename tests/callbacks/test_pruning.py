@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from symprune_lightning import (
@@ -411,3 +412,16 @@ def test_the_learning_rate_finder_does_not_warn_of_an_empty_loader():
     assert callback.result is None
     trainer.fit(module, loader())
     assert callback.result.sparsity == 0.5
+
+
+def test_several_calibration_loaders():
+    combined = CombinedLoader([loader(), loader()], "sequential")
+    callback = SymPrune("wanda", calibration=combined)
+    quiet_trainer(pl.Trainer, callbacks=[callback]).validate(Regression(), loader(), verbose=False)
+    expected = prune_model(Regression().net, [*loader(), *loader()], score="wanda")
+    masks = {f"net.{name}": mask for name, mask in expected.masks.items()}
+    assert callback.result.masks == masks
+    assert callback.result.layers[0].tokens == 24
+    several = SymPrune("wanda", calibration=CombinedLoader([loader(), loader()], "min_size"))
+    with pytest.raises(ValueError, match="use mode='sequential'"):
+        quiet_trainer(pl.Trainer, callbacks=[several]).validate(Regression(), loader())

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DistributedSampler
@@ -112,10 +113,25 @@ def calibration_batches(
         calibration: Batches that take precedence over the loaders of data module and module.
 
     Raises:
-        ValueError: There is no calibration data, or its loader has a distributed sampler.
+        ValueError: There is no calibration data, or its loader has a distributed sampler or yields
+            several batches at once.
     """
     limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
-    yield from islice(_calibration_loader(trainer, module, calibration), limit)
+    loader = _calibration_loader(trainer, module, calibration)
+    if isinstance(loader, CombinedLoader):
+        loader = _batches_in_sequence(loader)
+    yield from islice(loader, limit)
+
+
+def _batches_in_sequence(loader: CombinedLoader) -> Iterator[Any]:
+    """Yield the batches of all loaders, without the indices that Lightning's loops unpack."""
+    if loader._mode != "sequential":
+        raise ValueError(
+            f"the calibration loader is a CombinedLoader with mode={loader._mode!r}, which yields "
+            f"several batches at once: use mode='sequential'"
+        )
+    for batch, _, _ in loader:
+        yield batch
 
 
 def _calibration_loader(

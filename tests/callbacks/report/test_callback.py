@@ -75,8 +75,9 @@ def test_figures_are_those_of_the_manifest(tmp_path, order):
         assert f"{format_metric(dense)} → {format_metric(value)}" in page.bold
     assert f"{100 * manifest['sparsity']:.2f} %" in page.bold
     cells = [c for c in page.cells if c]
-    rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]
-    assert len(rows) == 14
+    # the last row is that of the table of weights that were left dense
+    assert cells[14 * 8 :] == ["lm_head.weight", "64 × 32", "2048", "output projection"]
+    rows = [cells[i : i + 8] for i in range(0, 14 * 8, 8)]
     for row, layer in zip(rows, manifest["layers"], strict=True):
         assert row[0] == layer["name"]
         assert row[2:7] == [
@@ -102,7 +103,7 @@ def test_a_run_without_a_refiner_has_no_columns_for_it(tmp_path):
     text = (tmp_path / "out" / "report.html").read_text()
     assert "<th>refined</th>" not in text
     assert "<th>swaps</th>" not in text
-    assert len([c for c in Page(text).cells if c]) == 14 * 6
+    assert len([c for c in Page(text).cells if c]) == 14 * 6 + 4
     assert "The most likely 3 tokens; each prompt is given as it is." in text
 
 
@@ -155,7 +156,7 @@ def test_a_method_without_data_has_fewer_figures(tmp_path):
     images = {p.stem for p in (tmp_path / "out" / "symprune").glob("*.png")}
     assert images == {"scores", "masks", "time"}
     page = Page((tmp_path / "out" / "report.html").read_text())
-    assert page.headings[-2:] == ["Layers", "Settings"]
+    assert page.headings[-3:] == ["Layers", "Left dense", "Settings"]
     assert "Generated text" not in page.headings
 
 

@@ -69,8 +69,8 @@ def _assigned(cls: type) -> frozenset[str]:
     names: set[str] = set()
     for base in cls.__mro__:
         # torch's own modules change buffers in place; the base classes of transformers' models
-        # assign while they load and generate
-        if re.match(r"torch\.|transformers\.(?!models\.)", base.__module__):
+        # and of Lightning's modules assign while they load, generate and train
+        if re.match(r"(torch|lightning)\.|transformers\.(?!models\.)", base.__module__):
             continue
         for name, function in vars(base).items():
             method = inspect.unwrap(function) if callable(function) else None
