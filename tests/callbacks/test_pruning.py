@@ -388,7 +388,7 @@ def test_a_call_in_which_another_stage_is_pruned_says_so(call, caplog):
     module = Regression()
     caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     getattr(trainer, call)(module, loader())
-    says = f"prunes in Trainer.validate, and has pruned nothing in this {call}"
+    says = f"prunes in Trainer.validate, and has pruned nothing in this call of Trainer.{call}"
     assert says in caplog.text
     trainer.validate(module, loader(), verbose=False)
     caplog.clear()

@@ -129,3 +129,20 @@ def test_masks_that_are_not_bool(tmp_path):
     assert torch.equal(model[0].weight, before)
     with pytest.raises(ValueError, match=r"must be a bool matrix, got torch.float32"):
         save_masks(tmp_path / "masks.safetensors", {"0": torch.zeros(4, 4)})
+
+
+def test_heads_that_cannot_be_pruned_have_no_mask():
+    model = llama()
+    result = prune_model(model, batches(), score="wanda")
+    model.lm_head.weight = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
+    assert infer_masks(model) == result.masks
+    model.lm_head.to("meta")
+    assert infer_masks(model) == result.masks
+
+
+def test_a_column_of_zeros_in_a_head_is_no_mask():
+    model = llama()
+    result = prune_model(model, batches(), score="wanda")
+    with torch.no_grad():
+        model.lm_head.weight[:, 3] = 0
+    assert infer_masks(model) == result.masks

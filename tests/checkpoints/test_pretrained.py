@@ -7,6 +7,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
 
 from symprune_lightning.checkpoints import pretrained
 from symprune_lightning.checkpoints.pretrained import (
@@ -16,6 +18,7 @@ from symprune_lightning.checkpoints.pretrained import (
     model_class,
     resolve_source,
 )
+from symprune_lightning.errors import PruningWarning
 from tests.models import build
 from tests.texts import tokenizer
 
@@ -197,4 +200,21 @@ def test_truncated_weights(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(OSError, match=rf"the weights of {tmp_path} are damaged or truncated"):
+        load_model(str(tmp_path))
+
+
+def test_a_missing_pooler_is_named(tmp_path):
+    config = BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    with pytest.warns(PruningWarning, match=r"lacks pooler.dense.bias, .*: BertModel has random"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_missing_weights_of_blocks_and_embeddings_are_refused(tmp_path, name):
+    build("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{tmp_path} lacks 1 of the weights of .*{name}"):
         load_model(str(tmp_path))

@@ -203,3 +203,21 @@ def test_all_options_are_known_without_torch(command, symprune, capsys):
 
 def test_the_settings_of_a_source_are_its_attributes():
     assert [field.name for field in dataclasses.fields(TextSource)] == list(SOURCE_SETTINGS)
+
+
+def test_values_may_be_names_of_settings():
+    check_arguments(["--output", "update", "--data.dataset.column", "score", "--sparsity", "0.5"])
+    check_arguments(["--output", "group"])
+
+
+def test_other_sources_have_other_settings():
+    arguments = ["--data.dataset", "self", "--data.dataset.temperature", "0.5"]
+    assert "--data.dataset.temperature" in expand(arguments, [], {})
+    arguments = ["--data.dataset", "my.Source", "--data.dataset.init_args.size", "1"]
+    assert "--data.dataset.init_args.size" in expand(arguments, [], {})
+
+
+def test_ignored_layers_are_added():
+    lists = [["--ignore", "a", "--ignore", "b"], ["--ignore+", "a", "--ignore=b"]]
+    assert expand(lists[0], ["ignore"], {}) == ["--pruning.ignore", "a", "--pruning.ignore+", "b"]
+    assert expand(lists[1], ["ignore"], {}) == ["--pruning.ignore+", "a", "--pruning.ignore+=b"]

@@ -42,6 +42,7 @@ def test_arguments_are_refused(symprune):
 
 def test_torch_is_not_imported(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("PYTHONUTF8", "1")
     code = (
         "import sys\n"
         "from symprune_lightning.cli.list import list_methods\n"
@@ -49,6 +50,6 @@ def test_torch_is_not_imported(monkeypatch):
         "assert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", code]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
     names = {line.split()[1] for line in text.splitlines() if line.startswith("│")}
     assert names == methods() | set(recipe_files())

@@ -222,8 +222,12 @@ def test_settings_of_a_path_are_text(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["org/no-data", PROTOCOLS["wikitext2"], PROTOCOLS["c4"]])
-def test_a_hub_that_cannot_be_reached(source, monkeypatch):
+def test_a_hub_that_cannot_be_reached(source, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("symprune_lightning.checkpoints.hub.getproxies", dict)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(
         OSError, match=r"not in the cache, and http://127.0.0.1:9 cannot be reached"

@@ -95,3 +95,20 @@ def test_a_model_without_blocks_is_measured_as_a_whole():
         result = prune_model(model, [torch.randn(2, 4, 8)], score="wanda")
     assert result.coverage == 96 / (96 + 12)
     assert result.left_dense[0].reason == "depthwise convolution"
+
+
+def test_tables_beside_the_blocks_are_not_warned_about():
+    class Tables(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag = nn.EmbeddingBag(100, 8)
+            self.positions = nn.Parameter(torch.randn(50, 8))
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
+
+        def forward(self, x):
+            return self.blocks[0](self.bag(x) + self.positions[0])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = prune_model(Tables(), [torch.randint(100, (4, 3))], score="wanda")
+    assert [(w.name, w.in_block) for w in result.left_dense] == [("positions", False)]

@@ -461,3 +461,22 @@ def test_refuses_a_journal_of_another_format(tmp_path, version):
     (tmp_path / "run.json").write_text("[")
     with pytest.raises(JournalError, match=r"cannot read .*run.json.*Delete the folder"):
         prune_model(small(), batches(), journal=tmp_path)
+
+
+def test_a_run_that_fails_early_leaves_no_journal(tmp_path):
+    """The corrected call is not refused; other files of the folder, and recorded runs, stay."""
+    folder = tmp_path / "journal"
+    with pytest.raises(ValueError, match="is empty"):
+        prune_model(small(), [], journal=folder)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is empty"):
+        prune_model(small(), [], journal=folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    with pytest.raises(PruningError):
+        prune_model(small(), batches(), journal=folder, hooks=[StopAfter(9)])
+    with pytest.raises(JournalError, match="is the journal of another run"):
+        prune_model(small(), batches(), score="wanda", journal=folder)
+    assert (folder / "run.json").is_file()
+    assert (folder / "config.json").is_file()

@@ -268,10 +268,11 @@ class PruningCallback(Callback, PruningHooks, ABC):
         # Tuner.lr_find and scale_batch_size end the fit before training starts
         if any(getattr(callback, "_early_exit", False) for callback in trainer_callbacks(trainer)):
             return
-        if stage != own and not self._is_result_of(pl_module):
+        # the weights of a checkpoint may be pruned
+        if stage != own and not self._is_result_of(pl_module) and trainer.ckpt_path is None:
             rank_zero_info(
                 f"{type(self).__name__}(when={self.when!r}) prunes in Trainer.{own}, and has "
-                f"pruned nothing in this {TrainerFn(stage).value}"
+                f"pruned nothing in this call of Trainer.{TrainerFn(stage).value}"
             )
         # a schedule may begin later than the fit ends, of which _check_schedule warns
         has_run = isinstance(self.when, CubicSchedule) and trainer.global_step > 0

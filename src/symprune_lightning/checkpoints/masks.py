@@ -16,7 +16,7 @@ from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.exempt import exempt_layers
 from symprune_lightning.engine.layers.find import all_layers
 from symprune_lightning.engine.layers.match import match_layers
-from symprune_lightning.engine.layers.select import prunable_layers
+from symprune_lightning.engine.layers.select import FLOATING_DTYPES, prunable_layers
 from symprune_lightning.functional.packing import PackedMasks
 
 FOLDER = "symprune"
@@ -126,15 +126,27 @@ def infer_masks(model: nn.Module) -> PackedMasks:
     masks = PackedMasks()
     layers = all_layers(model)
     exempt = exempt_layers(model, layers)
-    # zeros in a weight that is computed, as by torch.nn.utils.prune, are refused
-    dense = [x.name for x in layers if x.is_computed and not _zeros(x).any()]
-    for layer in prunable_layers(model, ignore=dense, only=[x.name for x in layers] or None):
+    dense = [x.name for x in layers if _is_certainly_dense(x, x.name in exempt)]
+    for layer in prunable_layers(model, ignore=dense, with_exempt=True):
         zeros = _zeros(layer)
-        in_rows = zeros.any(1) & ~zeros.all(1)
-        is_pruned = in_rows.float().mean() > 0.5 if layer.name in exempt else zeros.any()
+        is_pruned = _is_pruned_by_name(zeros) if layer.name in exempt else zeros.any()
         if is_pruned and not zeros.all():
             masks.add(layer.name, ~zeros)
     return masks
+
+
+def _is_certainly_dense(layer: Layer, is_exempt: bool) -> bool:
+    """Return whether a layer has no mask, although it may be of a kind that cannot be pruned."""
+    if is_exempt and (layer.parameter.is_meta or layer.parameter.dtype not in FLOATING_DTYPES):
+        return True
+    # zeros in a weight that is computed, as by torch.nn.utils.prune, are refused later
+    return layer.is_computed and not bool(_zeros(layer).any())
+
+
+def _is_pruned_by_name(zeros: Tensor) -> bool:
+    """Return whether most rows have zeros, beside rows and columns that are all zero."""
+    scattered = zeros & ~zeros.all(0) & ~zeros.all(1, keepdim=True)
+    return bool(scattered.any(1).float().mean() > 0.5)
 
 
 def _zeros(layer: Layer) -> Tensor:

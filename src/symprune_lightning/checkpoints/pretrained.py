@@ -1,7 +1,13 @@
-"""Loading of models and tokenizers from a hub name, a local folder, or a GGUF file."""
+"""Loading of models and tokenizers from a hub name, a local folder, or a GGUF file.
+
+Longer than 300 lines since safetensors, GGUF files and custom code are loaded differently.
+"""
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.checkpoints.hub import check_hub
 from symprune_lightning.checkpoints.weight_files import refuse_packed
+from symprune_lightning.errors import PruningWarning
 
 IGNORE_INDEX = -100
 """Label of positions that are excluded from the loss, as in transformers."""
@@ -87,14 +94,37 @@ def _load_safetensors(
         )
     except SafetensorError as error:
         raise OSError(f"the weights of {pretrained} are damaged or truncated: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers initialises them at random
+    _check_complete(model, sorted(info["missing_keys"]), pretrained)
+    return model
+
+
+def _check_complete(model: PreTrainedModel, missing: Sequence[str], pretrained: str) -> None:
+    """Refuse a checkpoint that lacks weights, which transformers initialises at random.
+
+    Weights beside the blocks and the embeddings, such as a pooler, may be missing on purpose.
+    """
+    if not missing:
+        return
+    get_output: Any = model.get_output_embeddings  # without types
+    embeddings = {model.get_input_embeddings(), get_output()}
+    names = {name for name, module in model.named_modules() if module in embeddings}
+    # blocks have numbers
+    essential = [
+        key for key in missing if re.search(r"\.\d+\.", key) or key.rpartition(".")[0] in names
+    ]
+    model_name = type(model).__name__
+    if essential:
         raise ValueError(
-            f"{pretrained} lacks {len(missing)} of the weights of {type(model).__name__}, such as "
-            f"{missing[0]}: the checkpoint is incomplete, or its config.json is that of another "
+            f"{pretrained} lacks {len(missing)} of the weights of {model_name}, such as "
+            f"{essential[0]}: the checkpoint is incomplete, or its config.json is that of another "
             f"model"
         )
-    return model
+    shown = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
+    warnings.warn(
+        f"{pretrained} lacks {shown}: {model_name} has random weights there",
+        PruningWarning,
+        stacklevel=4,
+    )
 
 
 def model_class(pretrained: str, trust_remote_code: bool = False) -> Any:

@@ -15,7 +15,14 @@ from symprune_lightning.cli.recipes import resolve_recipes
 
 SOURCES = ("--data.dataset", "--data.evaluation")
 SOURCE_SETTINGS = (
-    *("path", "name", "split", "column", "joiner", "streaming", "data_files", "revision"),
+    "path",
+    "name",
+    "split",
+    "column",
+    "joiner",
+    "streaming",
+    "data_files",
+    "revision",
 )
 """Attributes of a ``TextSource``."""
 
@@ -50,7 +57,8 @@ def expand(
         if value in protocols:
             expanded = _with_settings(expanded, source, protocols[value])
         elif settings and not any(x.startswith(f"{source}.path") for x in settings):
-            _check_settings(source, settings)
+            if re.fullmatch(r"\w+(\.\w+)+|self", value) is None:  # no class
+                _check_settings(source, settings)
             path = ["symprune_lightning.TextSource", f"{source}.path", value]
             expanded[position : position + 1] = path
     return expanded
@@ -69,7 +77,7 @@ def _check_settings(source: str, settings: Iterable[str]) -> None:
     """Raise ``UsageError`` for a setting that a ``TextSource`` does not have."""
     known = [f"{source}.{name}" for name in SOURCE_SETTINGS]
     for setting in settings:
-        name = setting.partition("=")[0].rstrip("+")
+        name = setting.partition("=")[0].rstrip("+").replace(".init_args.", ".")
         if name not in known:
             raise UsageError(_unknown(name, known))
 
@@ -98,8 +106,9 @@ def _split(arguments: Sequence[str], method: Collection[str]) -> Iterator[str]:
     for argument in arguments:
         match = re.match(r"--(\w+)(?=[.+=]|$)", argument)
         name, equals, value = argument.partition("=")
-        if name in ("--ignore", "--only"):
-            plus = "+" * (name in repeated)
+        if name.rstrip("+") in ("--ignore", "--only"):
+            name = name.rstrip("+")
+            plus = "+" * (name in repeated or argument.startswith(f"{name}+"))
             repeated.add(name)
             yield f"--pruning.{name.removeprefix('--')}{plus}{equals}{value}"
         elif match is not None and match[1] in method:
@@ -127,7 +136,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """
     known = [f"--{name}" for name in (*METHOD, *OPTIONS)]
     for argument, following in pairwise([*arguments, "--"]):
-        if argument.removeprefix("--") in METHOD and following.startswith("--"):
+        is_setting = argument.startswith("--") and argument.removeprefix("--") in METHOD
+        if is_setting and following.startswith("--"):
             raise UsageError(f"{argument} needs a value")
         match = re.match(r"(--\w+)[^\s=]*(?:=|$)", argument)  # an option; a text may begin like one
         if match is not None and match[1] not in known:

@@ -60,6 +60,7 @@ data:
   --data.sequence_length N
   --data.evaluation_sequences N
   --data.batch_size N
+  --data.seed N          order of the texts
 
 run:
   --trainer.devices N    with --trainer.strategy ddp: number of processes

@@ -5,6 +5,7 @@ Longer than 300 lines since the documentation of the data module lists all argum
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +32,8 @@ from symprune_lightning.data.windows import (
     overlapping,
     text_prefix,
 )
-from symprune_lightning.engine.forward.inputs import check_input_ids
+from symprune_lightning.engine.forward.inputs import check_input_ids, context_length
+from symprune_lightning.errors import PruningWarning
 from symprune_lightning.module import pruning_target
 
 EVALUATION = "evaluation"
@@ -133,8 +135,10 @@ class CalibrationDataModule(LightningDataModule):
         self.dataset = dataset
         if isinstance(evaluation, Mapping):
             # --print_config writes null in a mapping as the text None
-            is_null = {name: isinstance(x, str) and x == "None" for name, x in evaluation.items()}
-            evaluation = {n: None if is_null[n] else x for n, x in evaluation.items()}
+            evaluation = {
+                name: None if isinstance(part, str) and part == "None" else part
+                for name, part in evaluation.items()
+            }
         self.evaluation = evaluation
         self.sequences = sequences
         self.sequence_length = sequence_length
@@ -428,5 +432,16 @@ class CalibrationDataModule(LightningDataModule):
     def _check_model(self, split: str) -> None:
         """Check that the Trainer's model has embeddings and positions for the tokens."""
         module = None if self.trainer is None else self.trainer.lightning_module
-        if module is not None:
-            check_input_ids(pruning_target(module), self._splits[split].ids)
+        if module is None:
+            return
+        model, ids = pruning_target(module), self._splits[split].ids
+        check_input_ids(model, ids)
+        context = context_length(model)
+        if context is not None and ids.shape[1] > context:
+            warnings.warn(
+                f"the sequences have {ids.shape[1]} tokens, and {type(model).__name__} was trained "
+                f"on up to {context}: beyond, its perplexity rises. Use sequence_length={context} "
+                f"or less",
+                PruningWarning,
+                stacklevel=2,
+            )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from symprune_lightning.checkpoints.hub import check_hub
 from symprune_lightning.data.reader import check_column
+from symprune_lightning.data.texts import check_dataset
 from symprune_lightning.errors import PruningWarning
 
 NUM_VALIDATION = 1100
@@ -67,7 +67,7 @@ class WindowProtocol(ABC):
             folder = folder / self.name  # a clone of the repository, with several configurations
         if folder.is_dir():
             return datasets.load_dataset(str(folder), split=split, data_files=self.files)
-        check_hub(self.path, "dataset", "pass path=, a folder with its files")
+        check_dataset(self.path, "pass path=, a folder with its files")
         return datasets.load_dataset(
             self.path, self.name, split=split, data_files=self.files, revision=self.revision
         )

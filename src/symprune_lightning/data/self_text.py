@@ -14,8 +14,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.engine.eval_mode import eval_mode
 
-"""Name of the source with default arguments."""
-
 CHUNK = 16
 """Number of sequences sampled at once."""
 

@@ -14,6 +14,7 @@ from symprune_lightning.checkpoints.hub import check_hub
 
 PYTHON_DOCS = "python-docs"
 SELF = "self"
+"""Name of the source that samples texts from the model."""
 FORMATS = {
     ".txt": "text",
     ".jsonl": "json",
@@ -94,13 +95,6 @@ class TextSource:
         files = [x for x in folder.rglob("*") if x.is_file() and not x.name.startswith(".")]
         return bool(files) and all(_suffixes(x) == [".txt"] for x in files)
 
-    def _check_hub(self) -> None:
-        """Raise ``OSError`` for a dataset of the hub if there is no network."""
-        is_builder = bool(self.data_files) and "/" not in self.path  # such as "json"
-        processed = Path(datasets.config.HF_DATASETS_CACHE) / self.path.replace("/", "___")
-        if not is_builder and not processed.is_dir():
-            check_hub(self.path, "dataset", f"pass a file or folder (./{self.path})")
-
     def load(self) -> Any:
         """Return the dataset.
 
@@ -115,7 +109,7 @@ class TextSource:
         if file_format == "text" or (file_format is None and self._are_text_files(path)):
             options["sample_by"] = "paragraph"
         if file_format is None:
-            if self.path == SELF:
+            if self.path == SELF and not path.exists():
                 raise ValueError(
                     f"{SELF!r} is a source of calibration texts only: evaluate on other texts"
                 )
@@ -124,7 +118,9 @@ class TextSource:
                     f"{path} has no known format: use one of {', '.join(FORMATS)}, also compressed"
                 )
             if not path.exists():
-                self._check_hub()
+                is_builder = bool(self.data_files) and "/" not in self.path  # such as "json"
+                if not is_builder:
+                    check_dataset(self.path, f"pass a file or folder (./{self.path})")
             return datasets.load_dataset(
                 str(path) if path.exists() else self.path,
                 self.name,
@@ -157,6 +153,19 @@ class TextSource:
 # to be parsed as one source before it is tried as a mapping of several, and Path comes last
 # because it accepts any value unchanged.
 Texts = TextSource | str | Iterable[Any] | Path
+
+
+def check_dataset(name: str, advice: str) -> None:
+    """Raise ``OSError`` for a dataset of the hub that is not in the caches, without a network."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    # datasets names its folders in snake case
+    processed = {_letters(folder.name) for folder in cache.glob("*")} if cache.is_dir() else set()
+    if not datasets.config.HF_HUB_OFFLINE and _letters(name) not in processed:
+        check_hub(name, "dataset", advice)
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def _suffixes(path: Path) -> list[str]:

@@ -19,6 +19,7 @@ from symprune_lightning.errors import PruningWarning
 IGNORED = "ignored"
 ALL_ZERO = "all zero"
 UNREACHED = "not reached by any calibration batch"
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 THRESHOLD = 0.95
 """Coverage below which weights that were left dense without being asked for are warned about."""
 
@@ -61,12 +62,14 @@ def record_coverage(model: nn.Module, layers: Sequence[Layer], result: PruneResu
             reasons = {reason(layer) for layer in members if layer.name not in pruned}
             is_parametrized = name.partition(".parametrizations.")[0] in computed
             reasons = reasons or {IGNORED if is_parametrized else _reason_without_layer(module)}
+            # beside the blocks, a parameter of a user's module may be a table of positions
+            is_beside = not in_block and not type(module).__module__.startswith("torch.nn.")
             dense = DenseWeight(
                 name=name,
                 shape=tuple(parameter.shape),
                 num_weights=used - done,
                 reason=", ".join(sorted(reasons)),
-                is_intended=bool(members) or reasons <= {ROUTER, IGNORED},
+                is_intended=bool(members) or reasons <= {ROUTER, IGNORED} or is_beside,
                 in_block=in_block,
             )
             result.left_dense.append(dense)
@@ -101,7 +104,7 @@ def _weights(
     """
     names = module_names(model)
     blocks = list(decoder_blocks(model, layers)) or [model]
-    embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    embeddings = (module for module in model.modules() if isinstance(module, EMBEDDINGS))
     seen = {id(embedding.weight) for embedding in embeddings}
     for part in (*blocks, model):
         for module in part.modules():
@@ -110,7 +113,7 @@ def _weights(
                 is_vector = key.endswith("bias") or parameter.numel() == max(
                     parameter.shape, default=1
                 )
-                if id(parameter) in seen or is_vector or isinstance(module, nn.Embedding):
+                if id(parameter) in seen or is_vector or isinstance(module, EMBEDDINGS):
                     continue
                 seen.add(id(parameter))
                 name = f"{names[module]}.{key}".lstrip(".")

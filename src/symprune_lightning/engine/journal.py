@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count, takewhile
 from os import PathLike
@@ -77,6 +78,7 @@ class Journal:
         self._tensors: dict[str, Tensor] = {}
         self._current_block: int | None = None
         self._num_files = 0
+        self._is_unused = False
 
     def open(self, fingerprint: dict[str, Any]) -> None:
         """Start a journal, or continue the one in the folder.
@@ -177,6 +179,7 @@ class Journal:
     def write(self) -> None:
         """Write the finished block."""
         if self._headers:
+            self._is_unused = False
             self.communicator.on_rank_zero(self._write_block)
             self._num_files += 1
             self._headers.clear()
@@ -186,7 +189,18 @@ class Journal:
 
     def save_value(self, name: str, value: Any) -> None:
         """Save a JSON value."""
+        self._is_unused = False
         self.communicator.on_rank_zero(lambda: write_json(self.folder / f"{name}.json", value))
+
+    def discard_unused(self) -> None:
+        """Delete the journal if this run has created it, and has recorded nothing.
+
+        After an error, so that the corrected call is not refused as another run.
+        """
+        if self._is_unused and self.communicator.rank == 0:
+            (self.folder / RUN_FILE).unlink(missing_ok=True)
+            with suppress(OSError):  # other files are in it
+                self.folder.rmdir()
 
     def load_value(self, name: str) -> Any:
         """Load a saved JSON value; ``None`` if there is none."""
@@ -223,9 +237,8 @@ class Journal:
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not files:  # nothing is recorded: a run that failed early, perhaps of other settings
-                self._discard_values(path, fingerprint)
             if not path.is_file():
+                self._is_unused = True
                 write_json(path, {"format_version": FORMAT_VERSION, **fingerprint})
         except OSError as error:
             raise OSError(f"cannot write the journal {self.folder}: {error}") from error
@@ -236,14 +249,6 @@ class Journal:
                 for name, header in records.items():
                     headers[kind][name] = {**header, "file_index": index}
         return json.dumps(headers)
-
-    def _discard_values(self, path: Path, fingerprint: dict[str, Any]) -> None:
-        """Delete the values of another run that has recorded no layer."""
-        try:
-            self._check_run(path, fingerprint)
-        except (JournalError, OSError):
-            for file in self.folder.glob("*.json"):
-                file.unlink()
 
     def _check_run(self, path: Path, fingerprint: dict[str, Any]) -> None:
         """Raise ``JournalError`` if the journal is of another version or run."""

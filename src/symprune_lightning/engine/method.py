@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, Self, get_args
@@ -278,6 +278,6 @@ def _resolve_refine(refine: Refine) -> dict[str, list[MaskRefiner]]:
 
 
 def _resolve_refiners(refiners: Refiners) -> list[MaskRefiner]:
-    if isinstance(refiners, str) or not isinstance(refiners, Sequence):
-        refiners = [refiners]
+    if isinstance(refiners, str | type) or not isinstance(refiners, Iterable):
+        return [lookup(MaskRefiner, refiners)]  # type: ignore[type-abstract]
     return [lookup(MaskRefiner, refiner) for refiner in refiners]  # type: ignore[type-abstract]

@@ -256,27 +256,41 @@ def prune_with(
         eval_mode(model),
         _no_cache(model),
     ):
-        journal = _open_journal(options, plan, calibration)
-        sensitivity: dict[str, Statistics] = {}
-        if method.needs_sensitivity:
-            sensitivity = measure_sensitivity(
-                layers, calibration, max_batches=method.gradient_batches, loss=options.loss
-            )
-        plan, trials = _resolve_allocation(plan, calibration, journal, sensitivity)
-        if options.offload is not None:
-            calibration = replace(calibration, offload=options.offload)
-            placement.blocks = placement.blocks or list(decoder_blocks(model, layers))
-        run = PruningRun(plan, calibration, journal, options.hooks, sensitivity)
-        run.result.trials.extend(trials)
-        with run.error_context():
-            run.run()
-            run.check_ranks()
+        run = _run(plan, calibration, options)
     _set_initial_sparsity(run.result, options.initial_sparsity)
     record_coverage(model, layers, run.result)
     warn_about_coverage(run.result)
     for hook in options.hooks:
         hook.on_pruning_end(run.result)
     return run.result
+
+
+def _run(plan: PruningPlan, calibration: Calibration, options: RunOptions) -> PruningRun:
+    """Measure sensitivities, resolve the allocation, and prune."""
+    journal = _open_journal(options, plan, calibration)
+    method, placement = plan.method, calibration.placement
+    try:
+        sensitivity: dict[str, Statistics] = {}
+        if method.needs_sensitivity:
+            sensitivity = measure_sensitivity(
+                plan.layers, calibration, max_batches=method.gradient_batches, loss=options.loss
+            )
+        plan, trials = _resolve_allocation(plan, calibration, journal, sensitivity)
+        if options.offload is not None:
+            calibration = replace(calibration, offload=options.offload)
+            placement.blocks = placement.blocks or list(
+                decoder_blocks(calibration.model, plan.layers)
+            )
+        run = PruningRun(plan, calibration, journal, options.hooks, sensitivity)
+        run.result.trials.extend(trials)
+        with run.error_context():
+            run.run()
+            run.check_ranks()
+    except Exception:
+        if journal is not None:
+            journal.discard_unused()
+        raise
+    return run
 
 
 def _set_initial_sparsity(result: PruneResult, known: Mapping[str, float] | None) -> None:

@@ -99,7 +99,7 @@ def _drawn_loss(calibration: Calibration, batch: Any, number: int) -> Tensor:
     """Return the summed cross-entropy of labels drawn from the model's own distribution."""
     output = calibration.forward(calibration.model, batch)
     logits = logits_of(output)
-    if logits is None or logits.dim() not in (2, 3) or logits.shape[-1] < 2:
+    if logits is None or not _are_classes(calibration.model, logits):
         shape = "" if logits is None else f" of shape {tuple(logits.shape)}"
         raise ValueError(
             f"sensitivity needs logits, (batch, classes) or (batch, tokens, classes) with two "
@@ -118,6 +118,16 @@ def _drawn_loss(calibration: Calibration, batch: Any, number: int) -> Tensor:
         labels = _draw(chunk.detach().float().softmax(-1), generator)
         total = total + F.cross_entropy(chunk.float(), labels, reduction="sum")
     return total
+
+
+def _are_classes(model: nn.Module, logits: Tensor) -> bool:
+    """Return whether the last dimension of logits is that of classes, as far as is known.
+
+    With four dimensions it is the width of an image, unless it is the size of the vocabulary.
+    """
+    config: Any = getattr(model, "config", None)
+    is_text = logits.shape[-1] == getattr(config, "vocab_size", None)
+    return logits.shape[-1] > 1 and (logits.dim() in (2, 3) or (logits.dim() > 3 and is_text))
 
 
 def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
@@ -140,10 +150,12 @@ def _reduced(
     """Sum over ranks, and yield the statistics of the layers that were reached."""
     sums = [s for x in layers for s in (inputs[x.name], gradients[x.name])]
     communicator.all_reduce_sum_([total for s in sums for total in s.totals.values()])
-    if not any(bool(x.totals["total_square"].any()) for x in gradients.values()):
+    reached = [x for x in gradients.values() if int(x.totals["tokens"])]
+    if reached and not any(bool(x.totals["total_square"].any()) for x in reached):
         raise ValueError(
             "all gradients of the loss are zero: check loss=, or calibration_loss(batch) of the "
-            "LightningModule, and that the model does not detach its output"
+            "LightningModule, that the model does not detach its output, and its precision (small "
+            "gradients are zero in float16)"
         )
     for layer in layers:
         gradient = gradients[layer.name].value

@@ -22,7 +22,6 @@ from symprune_lightning import (
 )
 from symprune_lightning.callbacks.report.callback import format_metric
 from symprune_lightning.checkpoints.manifest import read_manifest
-from symprune_lightning.errors import PruningWarning
 from tests.models import build
 from tests.texts import texts, tokenizer
 from tests.trainers import TRAINER
@@ -209,14 +208,15 @@ class TrainedLM(CausalLMModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def test_after_a_fit_an_evaluation_writes_the_page(tmp_path):
+def test_after_a_fit_an_evaluation_writes_the_page(tmp_path, caplog):
     report = Report(folder=str(tmp_path), prompts=[])
     callbacks = [SymPrune(when="fit_start"), MaskedFinetuning(), report]
     options = {**TRAINER, "max_steps": 1, "limit_val_batches": 1}
     trainer = Trainer(**options, callbacks=callbacks)
     module, data = TrainedLM(build("llama")), small_data()
-    with pytest.warns(PruningWarning, match="after an evaluation"):
-        trainer.fit(module, datamodule=data)
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    trainer.fit(module, datamodule=data)
+    assert "Report writes its page after an evaluation of the pruned model" in caplog.text
     assert not (tmp_path / "report.html").exists()
     metrics = trainer.validate(module, datamodule=data, verbose=False)
     manifest = json.loads((tmp_path / "report.json").read_text())["manifest"]

@@ -8,6 +8,7 @@ import transformers as tf
 from lightning.pytorch import seed_everything
 
 from symprune_lightning import CalibrationDataModule, CausalLMModule, SymPrune, Trainer, prune_model
+from symprune_lightning.errors import PruningWarning
 from tests.models import build, gpt2, llama
 from tests.texts import texts, tokenizer
 
@@ -18,7 +19,8 @@ def test_sequences_longer_than_the_positions_of_a_model():
     data = CalibrationDataModule(texts(80, 60), tokenizer(), **{**SIZES, "sequence_length": 129})
     with pytest.raises(ValueError, match="GPT2LMHeadModel has learned 128 positions: use seq"):
         run(gpt2(), data)
-    run(llama(), data)  # rotary positions are computed
+    with pytest.warns(PruningWarning, match="129 tokens, and LlamaForCausalLM was trained"):
+        run(llama(), data)  # rotary positions are computed
 
 
 def test_ids_without_an_embedding():

@@ -344,3 +344,9 @@ def test_experts_whose_grouped_kernel_does_not_exist(dtype):
     model = build("mixtral").to(dtype)
     tokens = {"input_ids": torch.arange(3, 35)[None]}
     assert prune_model(model, [tokens], score="wanda").is_applied_to(model)
+
+
+def test_a_patched_forward_may_convert_its_input():
+    layer = nn.Linear(8, 8, dtype=torch.float16)
+    layer.forward = lambda x: nn.functional.linear(x.float(), layer.weight.float())
+    assert prune_model(nn.Sequential(layer), [torch.randn(4, 8)], score="wanda").sparsity == 0.5

@@ -179,3 +179,10 @@ def test_other_tensor_subclasses_are_pruned():
     result = prune_model(model, [torch.randn(8, 4)], score="wanda")
     assert result.is_applied_to(model)
     assert int((model[0].weight == 0).sum()) == 8
+
+
+def test_entries_that_have_no_effect():
+    layers = prunable_layers(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))))
+    assert expand_by_layer({"0": 1, "re:[12]": 2, "re:.*": 3}, layers) == {"0": 1, "1": 2, "2": 2}
+    with pytest.raises(ValueError, match="'re:1' has no effect, since earlier entries match all"):
+        expand_by_layer({"re:.*": 1, "re:1": 2}, layers)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from symprune_lightning.callbacks.integration import (
@@ -26,7 +27,7 @@ from symprune_lightning.callbacks.integration import (
     trainer_callbacks,
 )
 from symprune_lightning.callbacks.progress import peak_memory
-from symprune_lightning.callbacks.pruning import PruningCallback, warn
+from symprune_lightning.callbacks.pruning import PruningCallback
 from symprune_lightning.callbacks.report.figures import Histogram, figures, histogram, png
 from symprune_lightning.callbacks.report.summary import advice, asked, outcome
 from symprune_lightning.checkpoints.manifest import build_manifest
@@ -183,10 +184,9 @@ class Report(Callback, PruningHooks):
         self._end_phase("training")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Warn after a fit that has pruned: the page is written by an evaluation."""
-        prunes = any(callback.when not in ("validate", "test") for callback in _pruning(trainer))
-        if stage == "fit" and self.folder is not None and prunes:
-            warn(
+        """Say after a fit that has pruned that the page is written by an evaluation."""
+        if stage == "fit" and self.folder is not None and self._result is not None:
+            rank_zero_info(
                 "Report writes its page after an evaluation of the pruned model: call "
                 "Trainer.validate or Trainer.test with the same callbacks after this fit"
             )

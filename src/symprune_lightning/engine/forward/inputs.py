@@ -61,6 +61,14 @@ def check_batch(model: nn.Module, batch: Mapping[str, object]) -> None:
         check_input_ids(model, batch.get("input_ids"))
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Return the number of positions in the configuration of a model; ``None`` without one."""
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text_config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 def _embeddings(model: nn.Module) -> object:
     try:
         get_embeddings: Any = getattr(model, "get_input_embeddings", None)
@@ -75,10 +83,8 @@ def _num_positions(model: nn.Module, length: int) -> int | None:
     ``None`` for positions that are computed, and where there are clearly enough for ``length``
     tokens: looking for them takes a pass over all modules, for every batch.
     """
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text_config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or 2 * length <= limit:
+    limit = context_length(model)
+    if limit is None or 2 * length <= limit:
         return None
     for module, name in module_names(model).items():
         if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in POSITIONS:

@@ -131,7 +131,9 @@ class SuspendedForward:
         self._inside_blocks = {m for block in self.placement.blocks for m in block.modules()}
         self._traceable: list[SuspendedBatch] = []
         self._shared: dict[Layer, Layer] = {}
-        self._attributes = ForwardAttributes(calibration.model)
+        self._attributes = ForwardAttributes(
+            calibration.model, with_buffers=self.placement.always_loaded
+        )
 
     def run(self) -> None:
         """Run all batches and prune.

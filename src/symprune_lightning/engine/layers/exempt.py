@@ -72,7 +72,8 @@ def _heads(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
         if callable(classifier):
             try:
                 heads = classifier()
-            except Exception:
+            # a method of another meaning, with arguments; or of a base class
+            except (TypeError, AttributeError, NotImplementedError):
                 continue
             for head in heads if isinstance(heads, tuple) else (heads,):
                 if isinstance(head, nn.Module):

@@ -35,6 +35,7 @@ def prunable_layers(
     only: Sequence[str] | None = None,
     *,
     allow_meta: bool = False,
+    with_exempt: bool = False,
 ) -> list[Layer]:
     """Return the layers to prune, in the order in which the model registers them.
 
@@ -49,6 +50,7 @@ def prunable_layers(
             prefixed with ``re:``.
         only: Layers to prune, in the same form; ``None`` for all.
         allow_meta: Accept weights on the meta device, which are loaded later.
+        with_exempt: Include heads, routers, output projections and adapters.
 
     Raises:
         ValueError: No layer remains, an entry matches no layer, or a layer is quantised or has
@@ -64,7 +66,8 @@ def prunable_layers(
     _check_not_quantised(model)
     names = [layer.name for layer in candidates]
     ignored = {name for entry in ignore for name in matching(entry, names)}
-    ignored |= exempt_layers(model, candidates).keys() - set(only or ())
+    if not with_exempt:
+        ignored |= exempt_layers(model, candidates).keys() - set(only or ())
     # a weight that several modules share is left dense for all of them
     dense = {layer.matrix_key for layer in candidates if layer.name in ignored}
     if only is not None:
@@ -108,12 +111,14 @@ def refuse_tied(model: nn.Module, layers: Sequence[Layer], only: Sequence[str]) 
         layers: The layers that `prunable_layers` returned.
         only: Its argument.
     """
-    owners = _parameter_owners(model, all_layers(model))
-    names = module_names(model)
-    selected = {layer.name for layer in layers}
-    for layer in all_layers(model):
+    dropped = set(only) - {layer.name for layer in layers}
+    if not dropped:
+        return
+    candidates = all_layers(model)
+    owners, names = _parameter_owners(model, candidates), module_names(model)
+    for layer in candidates:
         owner = owners.get(id(layer.parameter))
-        if layer.name in only and layer.name not in selected and owner is not None:
+        if layer.name in dropped and owner is not None:
             raise ValueError(
                 f"`only` has {layer.name}, whose weight is that of {names[owner]}, a "
                 f"{type(owner).__name__}: untie them first, or leave it out"
@@ -156,14 +161,16 @@ def expand_by_layer(settings: Mapping[str, T], layers: Sequence[Layer]) -> dict[
         Layer name to setting, for layers that an entry matches.
 
     Raises:
-        ValueError: An entry matches no layer, or only such as an earlier entry matches, or is not a
-            valid regular expression.
+        ValueError: An entry matches no layer, or only a part of the layers that earlier entries
+            match, or is not a valid regular expression.
     """
     names = [layer.name for layer in layers]
     expanded: dict[str, T] = {}
     for pattern, setting in settings.items():
-        new = [name for name in matching(pattern, names) if name not in expanded]
-        if not new:
+        matches = matching(pattern, names)
+        new = [name for name in matches if name not in expanded]
+        # an entry for all other layers may come last, also if there are none
+        if not new and len(matches) < len(expanded):
             raise ValueError(
                 f"{pattern!r} has no effect, since earlier entries match all its layers: put it "
                 f"before them"
@@ -200,6 +207,7 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def _check_initialised(model: nn.Module) -> None:
+    """Refuse lazy modules, whose weights have no shape before their first call."""
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"{name} has no shape yet: call the model once before pruning it")
