@@ -18,6 +18,7 @@ from symprune_lightning import (
     prune_model,
     save_masks,
 )
+from symprune_lightning.errors import PruningWarning
 from tests.models import LANGUAGE, batches, build, llama
 
 
@@ -62,7 +63,8 @@ def test_layers_without_zeros_or_with_only_zeros_have_no_mask():
     with torch.no_grad():
         model[0].weight[0, 0] = 0
         model[1].weight.zero_()
-    assert list(infer_masks(model)) == ["0"]
+    with pytest.warns(PruningWarning, match="1: all zero, so without a mask"):
+        assert list(infer_masks(model)) == ["0"]
 
 
 def test_masks_of_another_model_change_nothing():

@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from symprune_lightning import PruningWarning, prune_model
-from tests.models import batches, build
+from symprune_lightning import PruningWarning, StreamedCheckpoint, prune_model
+from tests.models import DECODER, batches, build, llama
 
 
 class Own(nn.Module):
@@ -112,3 +113,26 @@ def test_tables_beside_the_blocks_are_not_warned_about():
         warnings.simplefilter("error")
         result = prune_model(Tables(), [torch.randint(100, (4, 3))], score="wanda")
     assert [(w.name, w.in_block) for w in result.left_dense] == [("positions", False)]
+
+
+def test_a_head_with_one_output_is_named():
+    config = LlamaConfig(**DECODER, num_labels=1)
+    result = prune_model(LlamaForSequenceClassification(config), batches(), score="wanda")
+    assert [(w.name, w.reason) for w in result.left_dense] == [("score.weight", "head")]
+
+
+def test_a_tied_projection_of_a_streamed_model_is_not_named(tmp_path):
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    with StreamedCheckpoint(str(tmp_path / "model"), str(tmp_path / "out")) as checkpoint:
+        result = prune_model(checkpoint.model, batches(), score="wanda", placement=checkpoint)
+        checkpoint.save({})
+    assert result.left_dense == []
+
+
+def test_layers_that_lose_all_weights_are_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[0].weight *= 1e-3
+    options = {"score": "magnitude", "group": "model", "calibration_order": "dense"}
+    with pytest.warns(PruningWarning, match="all weights of these layers were pruned: 0"):
+        prune_model(model, [torch.randn(4, 8)], **options)

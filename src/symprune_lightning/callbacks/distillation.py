@@ -108,7 +108,10 @@ class Distillation(Callback, PruningHooks):
                 "such as CalibrationDataModule(training_sequences=…)"
             )
         if isinstance(datamodule, CalibrationDataModule) and not datamodule.training_sequences:
-            raise ValueError("Distillation needs training data: set training_sequences")
+            raise ValueError(
+                "Distillation needs training data: set training_sequences, or pass a data module "
+                "with a train_dataloader"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": None, "_module": None}  # as PruningCallback

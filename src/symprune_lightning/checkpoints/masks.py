@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from symprune_lightning.engine.layers.exempt import exempt_layers
 from symprune_lightning.engine.layers.find import all_layers
 from symprune_lightning.engine.layers.match import match_layers
 from symprune_lightning.engine.layers.select import FLOATING_DTYPES, prunable_layers
+from symprune_lightning.errors import PruningWarning
 from symprune_lightning.functional.packing import PackedMasks
 
 FOLDER = "symprune"
@@ -123,7 +125,7 @@ def infer_masks(model: nn.Module) -> PackedMasks:
     Raises:
         ValueError: A layer with zeros is quantised, or computes its weight.
     """
-    masks = PackedMasks()
+    masks, all_zero = PackedMasks(), list[str]()
     layers = all_layers(model)
     exempt = exempt_layers(model, layers)
     dense = [x.name for x in layers if _is_certainly_dense(x, x.name in exempt)]
@@ -132,6 +134,16 @@ def infer_masks(model: nn.Module) -> PackedMasks:
         is_pruned = _is_pruned_by_name(zeros) if layer.name in exempt else zeros.any()
         if is_pruned and not zeros.all():
             masks.add(layer.name, ~zeros)
+        elif zeros.all() and layer.name not in exempt:
+            all_zero.append(layer.name)
+    if all_zero:
+        warnings.warn(
+            f"{', '.join(all_zero[:3])}{', …' * (len(all_zero) > 3)}: all zero, so without a mask, "
+            f"since they may be new: if they were pruned, use the masks of the result in place of "
+            f"those that are inferred",
+            PruningWarning,
+            stacklevel=2,
+        )
     return masks
 
 

@@ -170,16 +170,22 @@ class PruningCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Print the result, and whether weights were saved."""
-        if self._print_results() and not self._get(self.config, "json"):
-            saved = [path for c in self.trainer.checkpoint_callbacks if (path := _last_path(c))]
-            print(f"checkpoint: {saved[0]}" if saved else f"nothing was written: {SAVING}")
+        saved = [path for c in self.trainer.checkpoint_callbacks if (path := _last_path(c))]
+        output = saved[0] if saved else None
+        pruned = self._print_results(output)
+        if not self.trainer.is_global_zero:
+            return
+        if not self._get(self.config, "json"):
+            print(f"nothing was written: {SAVING}" if output is None else f"checkpoint: {output}")
+        elif not pruned:  # by the fit that this one resumes
+            print(json.dumps({"sparsity": None, "output": output}))
 
-    def _print_results(self) -> bool:
+    def _print_results(self, output: str | None = None) -> bool:
         """Print the results of callbacks that have pruned; return whether there is one."""
         pruned = [callback for callback in self._pruning_callbacks if callback.result is not None]
         for callback in pruned if self.trainer.is_global_zero else ():
             as_json = self._get(self.config, "json")
-            print(_as_json(callback, None) if as_json else _as_text(callback))
+            print(_as_json(callback, output) if as_json else _as_text(callback))
         return bool(pruned)
 
     def after_prune(self) -> None:

@@ -86,6 +86,8 @@ class PruningRun:
         else:
             self._prune_during_forward(self._recorder)
         _warn_about(self.result.all_zero, "these layers are all zero, and were left alone")
+        pruned_whole = [x.name for x in self.result.layers if x.num_zeros == x.num_weights]
+        _warn_about(pruned_whole, "all weights of these layers were pruned")
         if self.journal is not None:
             self.journal.write()
 

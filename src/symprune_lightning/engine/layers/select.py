@@ -120,7 +120,7 @@ def refuse_tied(model: nn.Module, layers: Sequence[Layer], only: Sequence[str]) 
         owner = owners.get(id(layer.parameter))
         if layer.name in dropped and owner is not None:
             raise ValueError(
-                f"`only` has {layer.name}, whose weight is that of {names[owner]}, a "
+                f"only= has {layer.name}, whose weight is that of {names[owner]}, a "
                 f"{type(owner).__name__}: untie them first, or leave it out"
             )
 
