@@ -114,10 +114,11 @@ def test_masks_equal_those_of_an_independent_computation(pruned, task_and_name):
 def test_coverage(pruned, task_and_name):
     """Layers hold almost all weights; what is left dense is named with a reason."""
     result, total = pruned[2], pruned[2].coverage_counts.total
-    left = sum(weight.num_weights for weight in result.left_dense)
+    left = sum(weight.num_weights for weight in result.left_dense if weight.in_block)
     assert result.coverage == pytest.approx(1 - left / total)
     assert all(weight.reason for weight in result.left_dense)
-    without_layer = [w for w in result.left_dense if w.reason.startswith(("parameter", "depth"))]
+    in_blocks = [weight for weight in result.left_dense if weight.in_block]
+    without_layer = [w for w in in_blocks if w.reason.startswith(("parameter", "depth"))]
     assert sum(weight.num_weights for weight in without_layer) < 0.1 * total
     if task_and_name in CHOSEN_PAIRS:
         assert not [name for name in result.unreached if ".experts." in name]
