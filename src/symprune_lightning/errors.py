@@ -6,6 +6,18 @@ The classes below are for states that callers may want to handle separately.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Return the first three names of a list for a message.
+
+    Examples:
+        >>> first_of(["a", "b", "c", "d"])
+        'a, b, c, …'
+    """
+    return ", ".join(names[:3]) + ", …" * (len(names) > 3)
+
 
 class PruningError(RuntimeError):
     """Pruning stopped part-way: some layers are already sparse, the others are still dense."""

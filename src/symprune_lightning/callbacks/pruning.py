@@ -394,9 +394,12 @@ def pruning_hooks(trainer: Trainer) -> list[PruningHooks]:
     return [c for c in trainer_callbacks(trainer) if isinstance(c, PruningHooks)]
 
 
-def pruning_callbacks(callbacks: Sequence[Callback], when: When) -> list[PruningCallback]:
-    """Return the callbacks that prune at a stage."""
-    return [c for c in callbacks if isinstance(c, PruningCallback) and c.when == when]
+def pruning_callbacks(
+    callbacks: Sequence[Callback], when: When | None = None
+) -> list[PruningCallback]:
+    """Return the callbacks that prune at a stage, or at any."""
+    pruning = (c for c in callbacks if isinstance(c, PruningCallback))
+    return [c for c in pruning if when is None or c.when == when]
 
 
 def find_pruning_callback(callbacks: Sequence[Callback]) -> PruningCallback:

@@ -1,4 +1,4 @@
-"""Whether the hub can be reached."""
+"""Connectivity of the hub."""
 
 from __future__ import annotations
 

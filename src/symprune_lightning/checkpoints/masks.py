@@ -18,7 +18,7 @@ from symprune_lightning.engine.layers.exempt import exempt_layers
 from symprune_lightning.engine.layers.find import all_layers
 from symprune_lightning.engine.layers.match import match_layers
 from symprune_lightning.engine.layers.select import FLOATING_DTYPES, prunable_layers
-from symprune_lightning.errors import PruningWarning
+from symprune_lightning.errors import PruningWarning, first_of
 from symprune_lightning.functional.packing import PackedMasks
 
 FOLDER = "symprune"
@@ -138,9 +138,8 @@ def infer_masks(model: nn.Module) -> PackedMasks:
             all_zero.append(layer.name)
     if all_zero:
         warnings.warn(
-            f"{', '.join(all_zero[:3])}{', …' * (len(all_zero) > 3)}: all zero, so without a mask, "
-            f"since they may be new: if they were pruned, use the masks of the result in place of "
-            f"those that are inferred",
+            f"{first_of(all_zero)}: all zero, so without a mask, since they may be new: if they "
+            f"were pruned, use the masks of the result in place of those that are inferred",
             PruningWarning,
             stacklevel=2,
         )

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from symprune_lightning.checkpoints.hub import check_hub
 from symprune_lightning.checkpoints.weight_files import refuse_packed
-from symprune_lightning.errors import PruningWarning
+from symprune_lightning.errors import PruningWarning, first_of
 
 IGNORE_INDEX = -100
 """Label of positions that are excluded from the loss, as in transformers."""
@@ -119,9 +119,8 @@ def _check_complete(model: PreTrainedModel, missing: Sequence[str], pretrained: 
             f"{essential[0]}: the checkpoint is incomplete, or its config.json is that of another "
             f"model"
         )
-    shown = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
     warnings.warn(
-        f"{pretrained} lacks {shown}: {model_name} has random weights there",
+        f"{pretrained} lacks {first_of(missing)}: {model_name} has random weights there",
         PruningWarning,
         stacklevel=4,
     )

@@ -18,7 +18,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils import logging as transformers_logging
 
 from symprune_lightning.callbacks.distillation import refuse_distillation
-from symprune_lightning.callbacks.pruning import PruningCallback, find_pruning_callback
+from symprune_lightning.callbacks.pruning import (
+    PruningCallback,
+    find_pruning_callback,
+    pruning_callbacks,
+)
 from symprune_lightning.callbacks.symprune import SymPrune
 from symprune_lightning.checkpoints.card import ONE_SOURCE, is_one_source
 from symprune_lightning.cli.arguments import expand, usage_message
@@ -27,7 +31,7 @@ from symprune_lightning.cli.recipes import resolve_recipes
 from symprune_lightning.data.datamodule import CalibrationDataModule
 from symprune_lightning.data.protocols import PROTOCOLS
 from symprune_lightning.data.sources import source_settings
-from symprune_lightning.errors import PruningWarning
+from symprune_lightning.errors import PruningWarning, first_of
 from symprune_lightning.module import CausalLMModule
 from symprune_lightning.trainer import Trainer
 
@@ -138,7 +142,7 @@ class PruningCLI(LightningCLI):
 
     @property
     def _pruning_callbacks(self) -> list[PruningCallback]:
-        return [c for c in self.trainer.callbacks if isinstance(c, PruningCallback)]
+        return pruning_callbacks(self.trainer.callbacks)
 
     def before_fit(self) -> None:
         """Refuse a pruning callback that would have no effect.
@@ -304,8 +308,8 @@ def _as_text(callback: PruningCallback) -> str:
             f"coverage: {result.coverage:.1%} of the weights of the blocks are in pruned layers"
         )
     if result.unreached:
-        names = ", ".join(result.unreached[:3]) + ", …" * (len(result.unreached) > 3)
-        lines.append(f"no calibration token reached {len(result.unreached)} layers: {names}")
+        names, number = first_of(result.unreached), len(result.unreached)
+        lines.append(f"no calibration token reached {number} layers: {names}")
     if result.sparse_start:
         lines.append(f"note: {result.sparse_start}")
     return "\n".join(lines)

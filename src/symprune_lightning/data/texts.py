@@ -117,10 +117,9 @@ class TextSource:
                 raise ValueError(
                     f"{path} has no known format: use one of {', '.join(FORMATS)}, also compressed"
                 )
-            if not path.exists():
-                is_builder = bool(self.data_files) and "/" not in self.path  # such as "json"
-                if not is_builder:
-                    check_dataset(self.path, f"pass a file or folder (./{self.path})")
+            is_builder = bool(self.data_files) and "/" not in self.path  # such as "json"
+            if not path.exists() and not is_builder:
+                check_dataset(self.path, f"pass a file or folder (./{self.path})")
             return datasets.load_dataset(
                 str(path) if path.exists() else self.path,
                 self.name,

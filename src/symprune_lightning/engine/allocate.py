@@ -55,10 +55,8 @@ class AllocationResolver:
         Read from the journal if it has them.
 
         Raises:
-            ValueError: The patterns have no free sparsity, or the placement allows no search.
+            ValueError: The placement allows no search.
         """
-        # raises for patterns without a free sparsity, before the model is run
-        self.plan.with_sparsities(dict.fromkeys(self.plan.patterns, self.sparsity))
         candidates = _candidates(method)
         recorded = None if journal is None else journal.load_value("allocation")
         if recorded is not None:

@@ -107,24 +107,24 @@ def _weights(
     embeddings = (module for module in model.modules() if isinstance(module, EMBEDDINGS))
     seen = {id(embedding.weight) for embedding in embeddings}
     # of a streamed model, tied weights are parameters of their own
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     matrices = {id(layer.parameter) for layer in layers}
     for part in (*blocks, model):
+        in_block = part in blocks
         for module in part.modules():
             for key, parameter in module.named_parameters(recurse=False):
                 # the biases of packed experts are stacked vectors
                 is_vector = key.endswith("bias") or parameter.numel() == max(
                     parameter.shape, default=1
                 )
-                if part is model and part not in blocks and id(parameter) in matrices:
+                if not in_block and id(parameter) in matrices:
                     is_vector = False  # a head with one output
                 if id(parameter) in seen or is_vector or isinstance(module, EMBEDDINGS):
                     continue
                 seen.add(id(parameter))
-                if f"{names[module]}.{key}" in tied:
-                    continue
                 name = f"{names[module]}.{key}".lstrip(".")
-                yield name, module, parameter, part in blocks
+                if name not in tied:
+                    yield name, module, parameter, in_block
 
 
 def _reason_without_layer(module: nn.Module) -> str:

@@ -234,7 +234,8 @@ class PruningMethod:
                 f"{pattern.sparsity:.0%} of the weights: pass one of them (where a recipe sets "
                 f"sparsity, sparsity={DEFAULT_SPARSITY} takes it back)"
             )
-        is_fixed = isinstance(self.pattern, NM) or self.budget(0.0).group in ("block", "model")
+        is_free = isinstance(self.budget(0.0), Unstructured)
+        is_fixed = not is_free or self.budget(0.0).group in ("block", "model")
         if self.allocation is not None and is_fixed:
             raise ValueError(
                 f"an allocation sets the sparsity of each layer, which {self.budget(0.5)} does not "

@@ -68,18 +68,10 @@ class PruningPlan:
         return pattern.group == "output" and not (isinstance(pattern, NM) and pattern.permute)
 
     def with_sparsities(self, sparsities: Mapping[str, float]) -> PruningPlan:
-        """Return the plan with another sparsity for each layer.
-
-        Raises:
-            ValueError: The patterns have no free sparsity, or layers compete with one another.
-        """
+        """Return the plan with another sparsity for each layer."""
         patterns: dict[str, Pattern] = {}
         for name, pattern in self.patterns.items():
-            if not isinstance(pattern, Unstructured) or pattern.group in ("block", "model"):
-                raise ValueError(
-                    f"an allocation sets the sparsity of each layer, which {pattern} does not "
-                    f"allow; use group 'output', 'input' or 'layer'"
-                )
+            assert isinstance(pattern, Unstructured), "checked by PruningMethod"
             patterns[name] = replace(pattern, sparsity=sparsities[name])
         return replace(self, patterns=patterns)
 

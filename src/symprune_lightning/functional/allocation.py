@@ -190,8 +190,7 @@ class OWL(Allocation):
     reference_url: ClassVar[str] = "https://arxiv.org/abs/2310.05175"
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_deviation < 1:
-            raise ValueError(f"max_deviation is {self.max_deviation}; it must be between 0 and 1")
+        _check_deviation(self.max_deviation)
 
     def layer_metric(
         self, weight: Tensor, statistics: Statistics, scores: Tensor | None = None
@@ -247,8 +246,7 @@ class Sensitivity(Allocation):
     uses_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_deviation < 1:
-            raise ValueError(f"max_deviation is {self.max_deviation}; it must be between 0 and 1")
+        _check_deviation(self.max_deviation)
 
     def layer_metric(
         self, weight: Tensor, statistics: Statistics, scores: Tensor | None = None
@@ -312,6 +310,11 @@ class Search(AllocationMethod):
         for candidate in self.candidates:
             if not isinstance(candidate, Allocation):
                 raise TypeError(f"Search tries allocations, and {candidate!r} is none")
+
+
+def _check_deviation(max_deviation: float) -> None:
+    if not 0 < max_deviation < 1:
+        raise ValueError(f"max_deviation is {max_deviation}; it must be between 0 and 1")
 
 
 def _shifted(desired: Sequence[float], layers: Sequence[LayerInfo], sparsity: float) -> list[float]:

@@ -27,7 +27,7 @@ from symprune_lightning.callbacks.integration import (
     trainer_callbacks,
 )
 from symprune_lightning.callbacks.progress import peak_memory
-from symprune_lightning.callbacks.pruning import PruningCallback
+from symprune_lightning.callbacks.pruning import pruning_callbacks
 from symprune_lightning.callbacks.report.figures import Histogram, figures, histogram, png
 from symprune_lightning.callbacks.report.summary import advice, asked, outcome
 from symprune_lightning.checkpoints.manifest import build_manifest
@@ -161,7 +161,8 @@ class Report(Callback, PruningHooks):
 
     def _record_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the phase; write the page if the model is pruned."""
-        pruned_before = any(callback.has_pruned(pl_module) for callback in _pruning(trainer))
+        pruning = pruning_callbacks(trainer_callbacks(trainer))
+        pruned_before = any(callback.has_pruned(pl_module) for callback in pruning)
         if self._result is None and pruned_before:
             return  # by an earlier call, which has written the page
         phase = "dense" if self._result is None else "pruned"
@@ -184,7 +185,7 @@ class Report(Callback, PruningHooks):
         self._end_phase("training")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say after a fit that has pruned that the page is written by an evaluation."""
+        """Log after a fit that has pruned that an evaluation writes the page."""
         if stage == "fit" and self.folder is not None and self._result is not None:
             rank_zero_info(
                 "Report writes its page after an evaluation of the pruned model: call "
@@ -303,7 +304,7 @@ class Report(Callback, PruningHooks):
 
     def _manifest(self, trainer: Trainer, module: LightningModule) -> dict[str, Any] | None:
         """Return the manifest as far as it is known before a checkpoint is written."""
-        for callback in _pruning(trainer):
+        for callback in pruning_callbacks(trainer_callbacks(trainer)):
             if callback.result is not None and callback.has_pruned(module):
                 return build_manifest(
                     callback.result,
@@ -367,11 +368,6 @@ class Report(Callback, PruningHooks):
                 ).items():
                     add_figure(f"pruning/{name}", figure)
             logger.save()
-
-
-def _pruning(trainer: Trainer) -> list[PruningCallback]:
-    """Return the callbacks that prune, at any stage."""
-    return [c for c in trainer_callbacks(trainer) if isinstance(c, PruningCallback)]
 
 
 def format_number(value: float | None) -> str:

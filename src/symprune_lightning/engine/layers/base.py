@@ -67,7 +67,7 @@ class Layer:
 
     @property
     def is_computed(self) -> bool:
-        """Whether the weight is no parameter of its own: a parametrization, or a pruning hook."""
+        """Whether a parametrization or a pruning hook computes the weight."""
         return self.module._parameters.get(self.parameter_name) is None
 
     @property

@@ -14,6 +14,7 @@ from symprune_lightning.engine.layers.base import Layer
 from symprune_lightning.engine.layers.exempt import exempt_layers
 from symprune_lightning.engine.layers.find import all_layers
 from symprune_lightning.engine.layers.names import module_names
+from symprune_lightning.errors import first_of
 
 T = TypeVar("T")
 
@@ -201,7 +202,7 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
         hint = f" (as a pattern: 're:{expression}')" if is_unmarked else ""
         raise ValueError(
             f"{pattern!r} matches none of the {len(names)} layers{hint}, which are: "
-            f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+            f"{first_of(names)}"
         )
     return matches
 
